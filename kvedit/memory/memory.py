@@ -1,0 +1,231 @@
+"""KVMemory: one context's keys and values, with positions, bias and lineage. Immutable."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from kvedit.axes import expect_axes
+from kvedit.errors import InvalidArgument, UnknownName
+from kvedit.memory.blocks import Block, blocks, content_document
+from kvedit.memory.digest import canonical_json, digest_bytes
+from kvedit.memory.layer import LayerKV
+from kvedit.memory.lineage import Lineage
+from kvedit.memory.source import Source
+from kvedit.memory.span import Span, SpanQuery
+from kvedit.memory.spec import ModelSpec
+
+__all__ = ["KVMemory", "Servable"]
+
+
+@dataclass(frozen=True)
+class Servable:
+    """Whether an engine without bias and rules can serve a memory, and what would make it so.
+
+    Args:
+        ok: whether it can.
+        reasons: what stands in the way, each with the way out.
+    """
+
+    ok: bool
+    reasons: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Same as ``ok``."""
+        return self.ok
+
+
+@dataclass(frozen=True, eq=False)
+class KVMemory:
+    """One context as a model remembers it. An edit returns a new memory that shares tensors.
+
+    It is no batch, and it does not grow: a session copies it into a cache that does.
+
+    Args:
+        layers: layer index to that layer's slots. A memory with only some layers can be looked
+            at and compared, and not attached.
+        model: facts of the model that made it.
+        next_position: RoPE position of the first token that follows; above all positions.
+        source: the tokens, or None for a memory that no tokens made.
+        lineage: the steps that made it.
+        rules: run-time rules, as plain data; attach refuses a rule that it does not know.
+        verified: False if it was read from a store without checking its bytes.
+
+    Raises:
+        InvalidArgument: if layers, positions or sources disagree with each other or the model.
+    """
+
+    layers: Mapping[int, LayerKV]
+    model: ModelSpec
+    next_position: int
+    source: Source | None = None
+    lineage: Lineage = field(default_factory=Lineage)
+    rules: tuple[Any, ...] = ()
+    verified: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks that the parts fit together."""
+        ordered = {index: self.layers[index] for index in sorted(self.layers)}
+        object.__setattr__(self, "layers", MappingProxyType(ordered))
+        if not ordered:
+            raise InvalidArgument("a memory needs at least one layer")
+        for index, layer in ordered.items():
+            self._check_layer(index, layer)
+
+    def _check_layer(self, index: int, layer: LayerKV) -> None:
+        if not 0 <= index < len(self.model.layers):
+            raise UnknownName("layer", str(index), map(str, range(len(self.model.layers))))
+        spec = self.model.layers[index]
+        where = f"layer {index}"
+        expect_axes(f"{where} keys", layer.keys, "head slot dim", head=spec.kv_heads, dim=spec.key_dim)
+        expect_axes(f"{where} values", layer.values, "head slot dim", dim=spec.value_dim)
+        if layer.bias is not None:
+            heads = spec.query_heads
+            expect_axes(f"{where} bias", layer.bias, "query_head slot", query_head=heads)
+        if layer.slots == 0:
+            return
+        if int(layer.positions.max()) >= self.next_position or int(layer.positions.min()) < 0:
+            raise InvalidArgument(
+                f"{where}: positions {int(layer.positions.min())} to {int(layer.positions.max())}"
+                f" must lie in 0 to next_position - 1 = {self.next_position - 1}"
+            )
+        if int(layer.source.max()) >= self.tokens_count:
+            raise InvalidArgument(
+                f"{where}: source names token {int(layer.source.max())} of {self.tokens_count}"
+            )
+
+    @property
+    def tokens(self) -> torch.Tensor | None:
+        """Source token ids ``[n]``, or None."""
+        return None if self.source is None else self.source.tokens
+
+    @property
+    def tokens_count(self) -> int:
+        """Number of source tokens."""
+        return 0 if self.source is None else len(self.source)
+
+    @property
+    def slots(self) -> int:
+        """Slots of the longest layer."""
+        return max(layer.slots for layer in self.layers.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of all layers."""
+        return sum(layer.nbytes for layer in self.layers.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of keys."""
+        return next(iter(self.layers.values())).keys.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first layer."""
+        return next(iter(self.layers.values())).keys.device
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer of the model is there."""
+        return len(self.layers) == len(self.model.layers)
+
+    def find(self, text: str | None = None, **query: Any) -> Span:
+        """Returns the span of a text, regex, role, sentence, token range or slot range.
+
+        Args:
+            text: literal text to find.
+            **query: see :class:`~kvedit.memory.span.SpanQuery`.
+
+        Raises:
+            SpanNotFound: if nothing matches.
+            AmbiguousSpan: if several places match and no ``occurrence`` is given.
+        """
+        return SpanQuery(text=text, **query).resolve(self)
+
+    def resolve(self, span: str | Mapping[str, Any] | Span | SpanQuery) -> Span:
+        """Returns ``span`` as a :class:`Span` of this memory, whatever way it is given."""
+        query = SpanQuery.of(span)
+        return query if isinstance(query, Span) else query.resolve(self)
+
+    def layer_indices(self, layers: Iterable[int] | None) -> list[int]:
+        """Returns ``layers`` with negative numbers counted from the end; None means all.
+
+        Raises:
+            UnknownName: if the memory lacks one of them.
+        """
+        if layers is None:
+            return list(self.layers)
+        total = len(self.model.layers)
+        wanted = [index + total if index < 0 else index for index in layers]
+        for index in wanted:
+            if index not in self.layers:
+                raise UnknownName("layer", str(index), map(str, self.layers))
+        return wanted
+
+    def with_layers(self, changed: Mapping[int, LayerKV], **fields: Any) -> KVMemory:
+        """Returns the memory with some layers (and other fields) replaced, the rest shared."""
+        return dataclasses.replace(self, layers={**self.layers, **changed}, **fields)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> KVMemory:
+        """Returns the memory on another device or in another dtype.
+
+        Another device keeps the content digest, another dtype changes it.
+        """
+        layers = {index: layer.to(device, dtype) for index, layer in self.layers.items()}
+        return dataclasses.replace(self, layers=layers)
+
+    def check_unmodified(self) -> None:
+        """Raises MutatedMemory if a tensor was written in place since it was made."""
+        for layer in self.layers.values():
+            layer.check_unmodified()
+
+    def cut(self) -> list[Block]:
+        """Returns all blocks with their digests; the store writes these."""
+        self.check_unmodified()
+        return list(blocks(self))
+
+    @cached_property
+    def _content(self) -> str:
+        return digest_bytes(canonical_json(content_document(self, self.cut())))
+
+    @property
+    def digest(self) -> str:
+        """Content digest (BLAKE3, hex): tensors, positions, bias, rules, tokens and model.
+
+        Raises:
+            MutatedMemory: if a tensor was written in place.
+        """
+        self.check_unmodified()
+        return self._content
+
+    def servable(self) -> Servable:
+        """Returns whether an engine without bias and rules can serve this memory."""
+        reasons = []
+        if not self.complete:
+            reasons.append("some layers are missing: capture all layers")
+        if any(layer.bias is not None for layer in self.layers.values()):
+            reasons.append("it has attention bias: an engine needs it compiled into the keys")
+        if self.rules:
+            reasons.append("it has run-time rules: resolve them into static bias first")
+        if len({layer.slots for layer in self.layers.values()}) > 1:
+            reasons.append("layers differ in slots: drop the same slots in every layer")
+        return Servable(not reasons, tuple(reasons))
+
+    def __repr__(self) -> str:
+        """A few lines: size, model, bias, lineage."""
+        from kvedit.memory.show import describe
+
+        return describe(self)
+
+    def _repr_html_(self) -> str:
+        from kvedit.memory.show import describe_html
+
+        return describe_html(self)

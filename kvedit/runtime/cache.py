@@ -1,0 +1,365 @@
+"""MemoryCache: transformers' cache, filled from memories, that knows positions and bias.
+
+It is passed as ``past_key_values``. Per forward pass it is told the positions of the new tokens
+(:meth:`MemoryCache.begin`), and it completes every attention call with the layer's own mask and
+bias. All of that lives here and not on the model, so sessions on one model don't meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from kvedit.errors import ContextTooLong, InvalidArgument, UnsupportedModel
+from kvedit.memory import KVMemory, ModelSpec
+from kvedit.models.route import MARK, AttentionCall, MaskRule
+from kvedit.runtime.slots import LayerSlots
+
+__all__ = ["MemoryCache"]
+
+
+class MemoryCache(Cache):
+    """A batch of rows, each continuing its own memory (or none).
+
+    Args:
+        spec: the live model's facts.
+        memories: one per row; None for a row that starts empty.
+        limit: positions at which to stop, or None for no limit.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, memories: Sequence[KVMemory | None], limit: int | None = None
+    ) -> None:
+        """Lays out the rows; tensors are copied when the first tokens come."""
+        layers = [
+            LayerSlots(layer, [None if m is None else m.layers[index] for m in memories])
+            for index, layer in enumerate(spec.layers)
+        ]
+        super().__init__(layers=layers)
+        self.spec, self.limit = spec, limit
+        starts = [0 if memory is None else memory.next_position for memory in memories]
+        self.next_positions = torch.tensor(starts, dtype=torch.int64)
+        rows = len(starts)
+        self.positions = torch.zeros(rows, 0, dtype=torch.int64)
+        self.valid = torch.zeros(rows, 0, dtype=torch.bool)
+        self.ids = torch.zeros(rows, 0, dtype=torch.int64)
+        self._open = 0
+        self._starts: set[int] = set()
+        self._awaiting: int | None = None
+        self._masks: dict[tuple[int, int, bool], Any] = {}
+        self._layouts = _group_layouts(layers)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return self.positions.shape[0]
+
+    @property
+    def fed(self) -> int:
+        """New tokens per row since the start, padding included."""
+        return self.positions.shape[1]
+
+    def begin(
+        self, ids: torch.Tensor | None, positions: torch.Tensor, valid: torch.Tensor
+    ) -> None:
+        """Announces the new tokens of the forward pass that follows.
+
+        Args:
+            ids: ``[batch, query]`` token ids, or None where embeddings were passed.
+            positions: ``[batch, query]`` RoPE positions.
+            valid: ``[batch, query]`` bool; False for padding.
+
+        Raises:
+            InvalidArgument: if positions do not continue the rows.
+            ContextTooLong: if they run past the model's limit, or to where its RoPE changes.
+        """
+        self._recover()
+        self._check_positions(positions, valid)
+        self.positions = torch.cat((self.positions.to(positions.device), positions), dim=1)
+        self.valid = torch.cat((self.valid.to(valid.device), valid), dim=1)
+        filler = torch.full_like(positions, -1) if ids is None else ids.to(positions.device)
+        self.ids = torch.cat((self.ids.to(filler.device), filler), dim=1)
+        counts = valid.sum(dim=1).to(self.next_positions.device)
+        self.next_positions = self.next_positions + counts
+        self._open = positions.shape[1]
+        self._masks = {}
+        self._starts = set((self.next_positions - counts).tolist())
+
+    def _recover(self) -> None:
+        # A forward pass that died left some layers ahead of others; all go back to before it.
+        consistent = min(layer.fed for layer in self.layers)
+        for layer in self.layers:
+            layer.drop_last(layer.fed - consistent)
+        self._forget(self.fed - consistent)
+        self._open, self._awaiting = 0, None
+
+    def _check_positions(self, positions: torch.Tensor, valid: torch.Tensor) -> None:
+        starts = self.next_positions.to(positions.device)
+        expected = starts[:, None] + valid.cumsum(dim=1) - 1
+        if bool(((positions != expected) & valid).any()):
+            row = int(((positions != expected) & valid).any(dim=1).nonzero()[0])
+            raise InvalidArgument(
+                f"row {row}: new tokens must continue at position {int(starts[row])}, found "
+                f"position_ids {positions[row][valid[row]].tolist()[:8]}; pass position_ids "
+                "explicitly (a default of transformers counts slots, not positions)"
+            )
+        last = int((starts + valid.sum(dim=1)).max())
+        if self.limit is not None and last > self.limit:
+            raise ContextTooLong(
+                f"{self.spec.name} has {self.limit} positions; these tokens would end at {last}"
+            )
+        check_switch(self.spec, int(starts.max()), last)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int,
+        *args: Any, **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends a layer's new keys and values and returns all of its slots, marked."""
+        if self._open != key_states.shape[2]:
+            raise InvalidArgument(
+                "this cache belongs to a kvedit session that is closed, or to another model; use "
+                "it with the session's model inside `with kv.attach(...)`"
+            )
+        if self._awaiting is not None:
+            self._unreached(self._awaiting)
+        keys, values = self.layers[layer_idx].update(key_states, value_states)
+        setattr(keys, MARK, self)
+        self._awaiting = layer_idx
+        return keys, values
+
+    def _unreached(self, layer: int) -> None:
+        raise UnsupportedModel(
+            f"layer {layer} took keys from the cache and did not pass them to the attention "
+            "interface as they are; kvedit can't add its mask and bias there"
+        )
+
+    def complete(self, call: AttentionCall) -> AttentionCall:
+        """Returns the call with this layer's mask and bias in the form that its backend takes."""
+        slots = self.layers[call.layer]
+        self._awaiting = None
+        if not isinstance(call.mask, MaskRule):
+            raise UnsupportedModel(
+                f"layer {call.layer} got a mask that transformers' mask interface did not make"
+            )
+        mask, causal = self._mask(call.layer, slots, call.mask, call.query.shape[2])
+        bias = slots.bias_at(call.query)
+        return _finish(call, mask, causal, bias)
+
+    def end(self) -> None:
+        """Ends the forward pass that :meth:`begin` announced.
+
+        Raises:
+            UnsupportedModel: if the last layer's attention never came by.
+        """
+        self._open = 0
+        if self._awaiting is not None:
+            self._unreached(self._awaiting)
+
+    def _mask(
+        self, layer: int, slots: LayerSlots, rule: MaskRule, queries: int
+    ) -> tuple[torch.Tensor | None, bool]:
+        key = (self._layouts[layer], slots.spec.window or 0, slots.spec.kind == "chunked")
+        if key not in self._masks:
+            self._masks[key] = self._build_mask(slots, rule, queries)
+        found: tuple[torch.Tensor | None, bool] = self._masks[key]
+        return found
+
+    def _build_mask(
+        self, slots: LayerSlots, rule: MaskRule, queries: int
+    ) -> tuple[torch.Tensor | None, bool]:
+        whole = slots.valid is None and bool(self.valid.all())
+        asked = self.positions[:, -queries:]
+        if whole and slots.spec.window is None:
+            if queries == 1:
+                return None, False
+            if slots.held == 0 and self.fed == queries:
+                return None, True
+        held = slots.positions
+        valid = torch.ones_like(held, dtype=torch.bool) if slots.valid is None else slots.valid
+        at = torch.cat((held, self.positions), dim=1)
+        seen = rule.allows(asked, at)
+        seen = seen & torch.cat((valid, self.valid), dim=1)[:, None, None, :]
+        if not whole:
+            # A padded query sees something, since a softmax over nothing is NaN.
+            seen = seen | ~self.valid[:, -queries:][:, None, :, None]
+        return (None, False) if bool(seen.all()) else (seen, False)
+
+    def _forget(self, tokens: int) -> None:
+        if tokens <= 0:
+            return
+        gone = self.valid[:, -tokens:].sum(dim=1).to(self.next_positions.device)
+        self.next_positions = self.next_positions - gone
+        self.positions, self.valid = self.positions[:, :-tokens], self.valid[:, :-tokens]
+        self.ids = self.ids[:, :-tokens]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens; a negative count, as transformers passes it.
+
+        Raises:
+            InvalidArgument: if there are fewer new tokens; a memory's own slots never go.
+        """
+        count = -tokens_to_remove
+        if not 0 <= count <= self.fed:
+            raise InvalidArgument(f"can't remove {count} of {self.fed} new tokens")
+        for layer in self.layers:
+            layer.drop_last(count)
+        self._forget(count)
+
+    def invalidate(self, row: int, start: int) -> None:
+        """Makes new tokens from number ``start`` on invisible in one row (padding after an end)."""
+        gone = int(self.valid[row, start:].sum())
+        self.valid = self.valid.clone()
+        self.valid[row, start:] = False
+        self.next_positions = self.next_positions.clone()
+        self.next_positions[row] -= gone
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for ``tokens`` more tokens, so that no layer has to be copied meanwhile."""
+        for layer in self.layers:
+            layer.reserve(layer.length + tokens)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Makes row ``rows[i]`` the i-th row, in every layer."""
+        for layer in self.layers:
+            layer.select_rows(rows)
+        self.positions = self.positions[rows.to(self.positions.device)]
+        self.valid = self.valid[rows.to(self.valid.device)]
+        self.ids = self.ids[rows.to(self.ids.device)]
+        self.next_positions = self.next_positions[rows.to(self.next_positions.device)]
+        self._masks = {}
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorders rows for beam search."""
+        self.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row, as beam search and several samples per prompt need."""
+        self.select_rows(torch.arange(self.rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows of ``indices``."""
+        self.select_rows(indices)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Between forward passes, slots of the longest layer; within one, the first new position.
+
+        Between passes transformers asks in order to size an attention mask. Within one, a model
+        asks where its new tokens stand (Llama 4 scales queries by that), which is a position.
+
+        Raises:
+            UnsupportedModel: if a model asks for one position while rows stand at several.
+        """
+        if self._open == 0:
+            return max(layer.length for layer in self.layers)
+        if len(self._starts) > 1:
+            raise UnsupportedModel(
+                f"{self.spec.name} derives positions from the cache's length, so rows can't stand "
+                f"at different positions ({sorted(self._starts)}): attach one memory at a time"
+            )
+        return next(iter(self._starts))
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Slots before the new tokens; only mask sizes come from this, and they are not used."""
+        return int(self.layers[layer_idx].get_seq_length())
+
+
+def check_switch(spec: ModelSpec, start: int, stop: int) -> None:
+    """Raises if tokens up to position ``stop`` would meet keys that older frequencies rotated.
+
+    Args:
+        spec: the model's facts.
+        start: position of the first new token; 0 if there are no keys yet.
+        stop: one past the last position.
+
+    Raises:
+        ContextTooLong: names the RoPE type and the position.
+    """
+    for layer in spec.layers:
+        rope = layer.rope
+        if rope is None or rope.switch is None or stop <= rope.switch:
+            continue
+        if rope.kind == "dynamic":
+            raise ContextTooLong(
+                f"dynamic NTK RoPE changes its frequencies with every length past {rope.switch}, "
+                f"so keys of a context of {stop} positions can't be kept"
+            )
+        if 0 < start <= rope.switch:
+            raise ContextTooLong(
+                f"{rope.kind} RoPE changes its frequencies at position {rope.switch}: the "
+                f"{start} positions so far were rotated by the short ones, {stop} need the long "
+                "ones; capture the whole context in one chunk past that length"
+            )
+
+
+def _group_layouts(layers: list[LayerSlots]) -> list[int]:
+    # Layers with equal memory slots share one mask per forward pass.
+    seen: list[LayerSlots] = []
+    groups = []
+    for layer in layers:
+        for number, other in enumerate(seen):
+            if _same_layout(layer, other):
+                groups.append(number)
+                break
+        else:
+            groups.append(len(seen))
+            seen.append(layer)
+    return groups
+
+
+def _same_layout(a: LayerSlots, b: LayerSlots) -> bool:
+    same_validity = (a.valid is None) == (b.valid is None) and (
+        a.valid is None or b.valid is None or torch.equal(a.valid, b.valid)
+    )
+    return same_validity and torch.equal(a.positions, b.positions)
+
+
+def _finish(
+    call: AttentionCall, mask: torch.Tensor | None, causal: bool, bias: torch.Tensor | None
+) -> AttentionCall:
+    if call.backend.startswith("fa"):
+        if mask is not None:
+            raise UnsupportedModel(
+                "FlashAttention takes no mask: padding, several chunks of new tokens over a memory "
+                "with gaps, and windows need attn='sdpa' or 'eager'"
+            )
+        return replace(call, mask=None, bias=None if bias is None else bias[:, :, None, :])
+    if bias is not None:
+        additive = bias[:, :, None, :]
+        if causal:
+            size = call.query.shape[2]
+            mask = torch.ones(size, size, dtype=torch.bool, device=call.query.device).tril()
+            mask = mask[None, None]
+        if mask is not None:
+            additive = additive.masked_fill(~mask, -torch.inf)
+        mask, causal = additive, False
+    if mask is not None and call.backend != "sdpa" and mask.dtype == torch.bool:
+        mask = _additive(mask, call.query.dtype)
+    if call.backend == "eager" and mask is None and causal:
+        size = call.query.shape[2]
+        square = torch.ones(size, size, dtype=torch.bool, device=call.query.device).tril()
+        mask = _additive(square[None, None], call.query.dtype)
+    if call.backend == "flex":
+        return _for_flex(call, mask, causal)
+    return replace(call, mask=mask, causal=causal)
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    zero = torch.zeros((), dtype=dtype, device=mask.device)
+    return torch.where(mask, zero, torch.full_like(zero, -torch.inf))
+
+
+def _for_flex(call: AttentionCall, mask: torch.Tensor | None, causal: bool) -> AttentionCall:
+    # flex indexes its mask by head 0 only; its position_bias takes every head, fully shaped.
+    batch, heads, queries, _ = call.query.shape
+    slots = call.key.shape[2]
+    if mask is None and causal:
+        square = torch.ones(queries, slots, dtype=torch.bool, device=call.query.device).tril()
+        mask = _additive(square[None, None], call.query.dtype)
+    options = dict(call.options)
+    if mask is not None:
+        options["position_bias"] = mask.expand(batch, heads, queries, slots).contiguous()
+    return replace(call, mask=None, causal=False, options=options)

@@ -1,0 +1,182 @@
+"""Generation over a cache, by transformers' own ``generate``, with every trap made explicit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvedit.errors import ContextTooLong, InvalidArgument, UnsupportedModel
+from kvedit.runtime.cache import MemoryCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Stream", "sample"]
+
+Stream = Callable[[str], None]
+
+# What generate may not be asked for over a session, and what to do instead.
+_REFUSED = {
+    "num_beams": "beam search reorders rows: use kv.generate, which runs it on a cache of its own",
+    "num_return_sequences": "ask for rows=n in attach, or use kv.generate",
+    "assistant_model": "assisted decoding is not supported over a memory",
+    "prompt_lookup_num_tokens": "assisted decoding is not supported over a memory",
+    "cache_implementation": "a memory brings its own cache; static caches are not supported",
+    "past_key_values": "a session brings its own cache",
+    "position_ids": "a session knows its positions",
+    "attention_mask": "a session knows its mask",
+    "inputs_embeds": "pass text, messages or token ids",
+}
+
+
+def sample(
+    model: PreTrainedModel,
+    cache: MemoryCache,
+    ids: torch.Tensor,
+    valid: torch.Tensor,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_new_tokens: int,
+    stop: str | Sequence[str] | None = None,
+    stream: Stream | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> list[list[int]]:
+    """Generates behind ``cache`` and returns each row's new ids, an end token included.
+
+    The cache then holds the prompt and all new tokens but each row's last.
+
+    Args:
+        model: the live model, with the cache announced.
+        cache: the rows' cache.
+        ids: ``[batch, query]`` prompt ids, padded on the left.
+        valid: ``[batch, query]`` bool; False marks padding.
+        tokenizer: for stop strings, streaming and the padding id.
+        max_new_tokens: tokens at most.
+        stop: strings that end a row.
+        stream: called with text as it comes; one row only.
+        seed: seed of sampling.
+        **options: passed on to ``generate``.
+
+    Raises:
+        InvalidArgument: if an option can't be combined with a session.
+        ContextTooLong: if the reply could run past the model's positions.
+        UnsupportedModel: if an option names a mechanism that is not supported.
+    """
+    if max_new_tokens < 1:
+        raise InvalidArgument(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    for name, value in options.items():
+        if name in _REFUSED and value not in (None, 1):
+            raise UnsupportedModel(f"generate option {name}={value!r}: {_REFUSED[name]}")
+    _check_room(cache, valid, max_new_tokens)
+    settings = _settings(model, tokenizer, stop, stream, cache.rows, options)
+    first = cache.fed
+    device = model.device
+    ids, valid = ids.to(device), valid.to(device)
+    starts = cache.next_positions.to(device)
+    before = torch.ones(cache.rows, cache.get_seq_length(), dtype=torch.int64, device=device)
+    cache.reserve(ids.shape[1] + max_new_tokens)
+    with _seeded(seed), torch.no_grad():
+        output = model.generate(
+            ids,
+            past_key_values=cache,
+            attention_mask=torch.cat((before, valid.long()), dim=1),
+            position_ids=(starts[:, None] + valid.cumsum(dim=1) - 1).clamp_min(0),
+            max_new_tokens=max_new_tokens,
+            **settings,
+        )
+    made = output[:, ids.shape[1] :].tolist()
+    ends = _end_ids(model, settings)
+    lists = [_until_end(tokens, ends) for tokens in made]
+    _tidy(cache, first + ids.shape[1], lists)
+    return lists
+
+
+def _check_room(cache: MemoryCache, valid: torch.Tensor, new: int) -> None:
+    if cache.limit is None:
+        return
+    prompt = valid.sum(dim=1).cpu()
+    last = int((cache.next_positions.cpu() + prompt).max())
+    if last + new - 1 > cache.limit:
+        raise ContextTooLong(
+            f"{cache.spec.name} has {cache.limit} positions; memory and prompt end at {last} and "
+            f"max_new_tokens={new} could run past them; at most {max(0, cache.limit - last + 1)} fit"
+        )
+
+
+def _settings(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    stop: str | Sequence[str] | None,
+    stream: Stream | None,
+    rows: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    asked = {name: value for name, value in options.items() if value is not None}
+    sampling = any(name in asked for name in ("temperature", "top_p", "top_k", "min_p"))
+    settings = {"do_sample": sampling, **asked, "use_cache": True, "disable_compile": True}
+    if not settings["do_sample"]:
+        # A model's own defaults for sampling would draw warnings in greedy decoding.
+        settings.update(temperature=None, top_p=None, top_k=None)
+    end = model.generation_config.eos_token_id
+    pad = model.generation_config.pad_token_id
+    if pad is None:
+        settings["pad_token_id"] = end[0] if isinstance(end, list) else (end if end is not None else 0)
+    if stop is not None or stream is not None:
+        if tokenizer is None:
+            raise InvalidArgument("stop strings and streaming need a tokenizer")
+        if stop is not None:
+            settings.update(stop_strings=stop, tokenizer=tokenizer)
+        if stream is not None:
+            settings["streamer"] = _streamer(tokenizer, stream, rows)
+    return settings
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase, stream: Stream, rows: int) -> Any:
+    from transformers import TextStreamer
+
+    if rows != 1:
+        raise InvalidArgument(f"streaming needs one row, this session has {rows}")
+
+    class Caller(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                stream(text)
+
+    return Caller(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _end_ids(model: PreTrainedModel, settings: dict[str, Any]) -> set[int]:
+    end = settings.get("eos_token_id", model.generation_config.eos_token_id)
+    return set(end) if isinstance(end, list | tuple) else ({end} if end is not None else set())
+
+
+def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    for index, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: index + 1]
+    return tokens
+
+
+def _tidy(cache: MemoryCache, prompt_end: int, lists: list[list[int]]) -> None:
+    # Rows that ended early were fed padding; those slots must not be seen by what comes next.
+    longest = max(map(len, lists))
+    surplus = cache.fed - (prompt_end + longest - 1)
+    if surplus > 0:
+        cache.crop(-surplus)
+    for row, tokens in enumerate(lists):
+        cache.invalidate(row, prompt_end + len(tokens) - 1)

@@ -1,0 +1,275 @@
+"""Session: a model with memories attached; it grows, the memories never change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvedit.errors import InvalidArgument
+from kvedit.memory import KVMemory, Message, Source
+from kvedit.models.inspection import Inspection, inspect
+from kvedit.runtime.cache import MemoryCache
+from kvedit.runtime.gate import admit
+from kvedit.runtime.grown import grown_memory
+from kvedit.runtime.hooks import announcing
+from kvedit.runtime.sampling import Stream, sample
+from kvedit.runtime.text import Context, encode_turn, extend_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Reply", "Session", "attach", "open_session"]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model said in one row.
+
+    Args:
+        text: without special tokens and without the stop string that ended it.
+        tokens: ids as generated, an end token included.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+class Session:
+    """Rows of a batch, each continuing its memory; made by :func:`attach`.
+
+    It is no memory: it grows with every turn. :meth:`memory` takes a row out as one.
+
+    Args:
+        model: the live model.
+        inspection: its facts.
+        memories: one per row; None for a row that starts empty.
+        tokenizer: for text prompts; may be None where ids are passed.
+        limit: positions at which to stop, or None.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        inspection: Inspection,
+        memories: Sequence[KVMemory | None],
+        tokenizer: PreTrainedTokenizerBase | None,
+        limit: int | None,
+    ) -> None:
+        """Makes the cache; nothing is copied before the first forward pass."""
+        self.model, self.inspection, self.tokenizer = model, inspection, tokenizer
+        self.memories = tuple(memories)
+        self.cache = MemoryCache(inspection.spec, self.memories, limit)
+        self._sources = [None if m is None else m.source for m in self.memories]
+        self._pending: list[list[int]] = [[] for _ in self.memories]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return self.cache.rows
+
+    def forward(
+        self, ids: torch.Tensor, valid: torch.Tensor | None = None, keep: int | None = None
+    ) -> torch.Tensor:
+        """Feeds tokens to every row and returns their logits.
+
+        Args:
+            ids: ``[batch, query]`` token ids.
+            valid: ``[batch, query]`` bool; False marks padding. None means no padding.
+            keep: number of last positions whose logits are wanted; None wants all.
+
+        Returns:
+            Logits ``[batch, query or keep, vocabulary]``.
+        """
+        device = self.model.device
+        ids = ids.to(device)
+        real = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid.to(device)
+        starts = self.cache.next_positions.to(device)
+        positions = (starts[:, None] + real.cumsum(dim=1) - 1).clamp_min(0)
+        options: dict[str, Any] = {} if keep is None else {"logits_to_keep": keep}
+        with torch.no_grad():
+            output = self.model(
+                input_ids=ids,
+                attention_mask=real.long(),
+                position_ids=positions,
+                past_key_values=self.cache,
+                **options,
+            )
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def feed(self, prompts: Sequence[Context], chat: bool | None = None) -> torch.Tensor:
+        """Feeds one prompt per row and returns the logits ``[batch, vocabulary]`` that follow."""
+        ids, valid = self._encode(prompts, chat)
+        return self.forward(ids, valid, keep=1)[:, -1]
+
+    def generate(
+        self,
+        prompt: Context | Sequence[Context],
+        *,
+        max_new_tokens: int = 64,
+        chat: bool | None = None,
+        stop: str | Sequence[str] | None = None,
+        stream: Stream | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Reply | list[Reply]:
+        """Continues every row by its prompt and a reply, and keeps both.
+
+        Args:
+            prompt: one prompt for the only row or for all rows, or a list of one per row. A
+                string continues a text, or is the next user turn of a chat.
+            max_new_tokens: tokens at most per row.
+            chat: True or False overrides how the context was captured.
+            stop: strings that end a reply.
+            stream: called with each piece of text; one row only.
+            seed: seed of sampling; the global random state is left as it was.
+            **options: for transformers' ``generate``, for example ``temperature=0.7``.
+
+        Returns:
+            A reply for one row, a list of replies for several.
+
+        Raises:
+            InvalidArgument: if prompts and rows don't fit, or an option is not understood.
+            ContextTooLong: if prompt and reply could run past the model's positions.
+        """
+        ids, valid = self._encode(self._per_row(prompt), chat)
+        lists = sample(
+            self.model, self.cache, ids, valid, tokenizer=self.tokenizer,
+            max_new_tokens=max_new_tokens, stop=stop, stream=stream, seed=seed, **options,
+        )
+        replies = [self._take(row, tokens, stop) for row, tokens in enumerate(lists)]
+        return replies[0] if self.rows == 1 else replies
+
+    def memory(self, row: int = 0) -> KVMemory:
+        """Returns a row, with all that it grew by, as a new memory."""
+        self.flush()
+        return grown_memory(self, row)
+
+    def source(self, row: int = 0) -> Source | None:
+        """Returns the tokens and text of a row so far."""
+        return self._sources[row]
+
+    def flush(self) -> None:
+        """Feeds tokens that were generated and not yet read, so that they have slots."""
+        if any(self._pending):
+            ids, valid = self._left_padded([[] for _ in range(self.rows)])
+            self.forward(ids, valid, keep=1)
+
+    def _per_row(self, prompt: Context | Sequence[Context]) -> list[Context]:
+        several = (
+            isinstance(prompt, Sequence)
+            and not isinstance(prompt, str)
+            and bool(prompt)
+            and (isinstance(prompt[0], str | torch.Tensor | list | tuple))
+        )
+        prompts: list[Any] = list(prompt) if several else [prompt] * self.rows
+        if len(prompts) != self.rows:
+            raise InvalidArgument(f"{len(prompts)} prompts for {self.rows} rows of this session")
+        return prompts
+
+    def _encode(
+        self, prompts: Sequence[Context], chat: bool | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        sources = [
+            encode_turn(self.tokenizer, source, prompt, chat)
+            for source, prompt in zip(self._sources, prompts, strict=True)
+        ]
+        known = [0 if source is None else len(source) for source in self._sources]
+        new = [s.tokens[count:].tolist() for s, count in zip(sources, known, strict=True)]
+        self._sources = list(sources)
+        return self._left_padded(new)
+
+    def _left_padded(self, new: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        lists = [[*left, *ids] for left, ids in zip(self._pending, new, strict=True)]
+        self._pending = [[] for _ in lists]
+        width = max(map(len, lists))
+        ids = torch.zeros(len(lists), width, dtype=torch.int64)
+        valid = torch.zeros(len(lists), width, dtype=torch.bool)
+        for row, tokens in enumerate(lists):
+            if tokens:
+                ids[row, width - len(tokens) :] = torch.tensor(tokens)
+                valid[row, width - len(tokens) :] = True
+        return ids, valid
+
+    def _take(self, row: int, tokens: list[int], stop: str | Sequence[str] | None) -> Reply:
+        # The last token was chosen and not fed; it goes in front of what comes next.
+        self._pending[row] = tokens[-1:]
+        source = self._sources[row]
+        assert source is not None
+        grown = extend_source(source, torch.tensor(tokens, dtype=torch.int64), self.tokenizer)
+        text = "" if self.tokenizer is None else _reply_text(self.tokenizer, tokens, stop)
+        if source.chat is not None and self.tokenizer is not None:
+            content = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+            start = len(source.text)
+            message = Message("assistant", content, start, start + len(content))
+            grown = replace(grown, messages=(*grown.messages, message))
+        self._sources[row] = grown
+        return Reply(text, tuple(tokens))
+
+
+def _reply_text(
+    tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: str | Sequence[str] | None
+) -> str:
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    for end in [stop] if isinstance(stop, str) else stop or ():
+        text = text.split(end, 1)[0]
+    return text
+
+
+@contextmanager
+def open_session(
+    model: PreTrainedModel,
+    inspection: Inspection,
+    memories: Sequence[KVMemory | None],
+    tokenizer: PreTrainedTokenizerBase | None,
+    strict: bool,
+) -> Iterator[Session]:
+    """Opens a session on an inspected model; :func:`attach` is the public way."""
+    limit = inspection.spec.max_position if strict else None
+    for memory in memories:
+        if memory is not None:
+            admit(memory, inspection.spec, model.dtype, strict)
+    session = Session(model, inspection, memories, tokenizer, limit)
+    with announcing(model, session.cache):
+        yield session
+
+
+@contextmanager
+def attach(
+    model: PreTrainedModel,
+    memory: KVMemory | Sequence[KVMemory],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    rows: int = 1,
+    strict: bool = True,
+) -> Iterator[Session]:
+    """Attaches memories to a model for the time of the block.
+
+    Several sessions can be open on one model, and one memory in several sessions. In the block,
+    raw calls work with ``past_key_values=session.cache`` and explicit ``position_ids``.
+
+    Args:
+        model: the model that made the memories.
+        memory: one memory, or a list: one per row of a batch.
+        tokenizer: for text prompts.
+        rows: rows that continue one memory; ignored for a list.
+        strict: whether the compatibility gate and the model's position limit hold.
+
+    Yields:
+        The session.
+
+    Raises:
+        IncompatibleModel: if a memory does not fit the model.
+        UnsupportedModel: if the model has a mechanism that is not understood.
+    """
+    memories = [memory] * rows if isinstance(memory, KVMemory) else list(memory)
+    if not memories:
+        raise InvalidArgument("expected at least one memory and one row")
+    with open_session(model, inspect(model, tokenizer), memories, tokenizer, strict) as session:
+        yield session
+
+

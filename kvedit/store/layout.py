@@ -1,0 +1,180 @@
+"""Layout: where a store's files lie, and how a file gets there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+
+from kvedit.errors import CorruptMemory, InvalidArgument
+from kvedit.memory.digest import canonical_json
+from kvedit.store.refs import is_digest
+
+__all__ = ["Durability", "Layout", "write_all"]
+
+Durability = Literal["full", "process", "none"]
+
+_FORMAT = {"format": "kvedit.store", "version": 1}
+_TEMPORARY = ".tmp-"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+class Layout:
+    """The folder of one store. It knows files and nothing of what is in them.
+
+    Args:
+        root: the folder.
+        durability: ``"full"`` syncs every file and folder that it writes to the disk.
+
+    Raises:
+        InvalidArgument: if the folder is no store of this format, or the path no local folder.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], durability: Durability) -> None:
+        if durability not in ("full", "process", "none"):
+            raise InvalidArgument(
+                f"durability must be 'full', 'process' or 'none', found {durability!r}"
+            )
+        if _URL.match(os.fspath(root)):
+            raise InvalidArgument(f"{os.fspath(root)}: only local folders are supported so far")
+        self.root = Path(root).expanduser().absolute()
+        self.durability: Durability = durability
+        self.marker = self.root / "kvedit-store.json"
+        self.packs = self.root / "packs"
+        self.manifests = self.root / "manifests"
+        self.log = self.root / "log.jsonl"
+        self.index = self.root / "index.sqlite"
+        self.lock = FileLock(self.root / "lock", poll_interval=0.005)
+        self._check()
+
+    def pack(self, digest: str) -> Path:
+        """Returns the file of a pack."""
+        return self.packs / f"{_safe(digest)}.safetensors"
+
+    def manifest(self, record: str) -> Path:
+        """Returns the file of a manifest."""
+        return self.manifests / f"{_safe(record)}.json"
+
+    def exists(self) -> bool:
+        """Returns whether the store was written to before."""
+        return self.marker.exists()
+
+    def create(self) -> None:
+        """Makes folder, marker and log where they are missing."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with self.lock:
+            if not self.exists():
+                self.publish(self.marker, [canonical_json(_FORMAT)])
+            self.packs.mkdir(exist_ok=True)
+            self.manifests.mkdir(exist_ok=True)
+            if not self.log.exists():
+                self._start_log()
+            self.sync_folder(self.root)
+
+    def _start_log(self) -> None:
+        # An empty log in a store that holds memories would forget what was put and removed.
+        if any(self.manifests.glob("*.json")):
+            raise CorruptMemory(f"{self.log} is missing: restore it from a backup")
+        self.log.touch()
+
+    def publish(self, path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+        """Writes a file under a temporary name, syncs it and renames it; returns its size.
+
+        On failure the temporary file is removed, and so is a file that was not there before.
+        """
+        existed = path.exists()
+        temporary = path.parent / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
+        try:
+            size = self._write(temporary, chunks)
+            os.replace(temporary, path)  # noqa: PTH105 - one name for fault injection
+            self.sync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            if not existed:
+                path.unlink(missing_ok=True)
+            raise
+        return size
+
+    def _write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        file = os.open(path, flags, 0o666)
+        try:
+            size = sum(write_all(file, chunk) for chunk in chunks)
+            self.sync(file)
+        finally:
+            os.close(file)
+        return size
+
+    def sync(self, file: int) -> None:
+        """Waits until an open file is on the disk, if the durability asks for it."""
+        # A failed fsync is never tried again: the kernel has dropped the pages by then.
+        if self.durability == "full":
+            os.fsync(file)
+
+    def sync_folder(self, folder: Path) -> None:
+        """Waits until a folder's names are on the disk, if the durability asks for it."""
+        if self.durability != "full" or os.name == "nt":  # Windows opens no folders
+            return
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def sweep(self) -> None:
+        """Removes temporary files of writers that died; the caller holds the lock."""
+        for folder in (self.root, self.packs, self.manifests):
+            for path in folder.glob(f"{_TEMPORARY}*"):
+                path.unlink(missing_ok=True)
+
+    def try_lock(self) -> bool:
+        """Returns whether the lock was free; it is held then."""
+        with suppress(Timeout, PermissionError):
+            self.lock.acquire(timeout=0)
+            return True
+        return False
+
+    def _check(self) -> None:
+        if not self.exists():
+            names = [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
+            ours = ("lock", self.marker.name)  # a first put that died left no more than these
+            if self.root.is_file() or any(
+                name not in ours and not name.startswith(_TEMPORARY) for name in names
+            ):
+                raise InvalidArgument(
+                    f"{self.root} is not empty and has no {self.marker.name}: it is no store; "
+                    "choose an empty folder"
+                )
+            return
+        try:
+            found = json.loads(self.marker.read_bytes())
+            name, version = found["format"], found["version"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise CorruptMemory(f"{self.marker} is damaged: it should hold {_FORMAT}") from error
+        if (name, version) != tuple(_FORMAT.values()):
+            raise InvalidArgument(
+                f"{self.root} has format {name} version {version}; this kvedit reads "
+                f"{_FORMAT['format']} version {_FORMAT['version']}: use a newer kvedit"
+            )
+
+
+def write_all(file: int, data: bytes | memoryview) -> int:
+    """Writes all of ``data`` to an open file and returns its size; a write may be short."""
+    view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+    done = 0
+    while done < len(view):
+        done += os.write(file, view[done:])
+    return done
+
+
+def _safe(digest: str) -> str:
+    if not is_digest(digest):
+        raise CorruptMemory(f"{digest!r} is no digest; it can't name a file")
+    return digest
