@@ -2,6 +2,22 @@
 
 from kvedit.runtime.capturing import Estimate, capture, estimate
 from kvedit.runtime.oneshot import Score, generate, score
+from kvedit.runtime.reading import ModelReader
 from kvedit.runtime.session import Reply, Session, attach
+from kvedit.runtime.tapping import SITES, Tap, tap
 
-__all__ = ["Estimate", "Reply", "Score", "Session", "attach", "capture", "estimate", "generate", "score"]
+__all__ = [
+    "SITES",
+    "Estimate",
+    "ModelReader",
+    "Reply",
+    "Score",
+    "Session",
+    "Tap",
+    "attach",
+    "capture",
+    "estimate",
+    "generate",
+    "score",
+    "tap",
+]

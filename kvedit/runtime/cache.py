@@ -48,7 +48,7 @@ class MemoryCache(Cache):
         self.valid = torch.zeros(rows, 0, dtype=torch.bool)
         self.ids = torch.zeros(rows, 0, dtype=torch.int64)
         self._open = 0
-        self._starts: set[int] = set()
+        self._start, self._uniform = 0, True
         self._awaiting: int | None = None
         self._masks: dict[tuple[int, int, bool], Any] = {}
         self._layouts = _group_layouts(layers)
@@ -77,7 +77,7 @@ class MemoryCache(Cache):
             InvalidArgument: if positions do not continue the rows.
             ContextTooLong: if they run past the model's limit, or to where its RoPE changes.
         """
-        self._recover()
+        self.recover()
         self._check_positions(positions, valid)
         self.positions = torch.cat((self.positions.to(positions.device), positions), dim=1)
         self.valid = torch.cat((self.valid.to(valid.device), valid), dim=1)
@@ -87,14 +87,19 @@ class MemoryCache(Cache):
         self.next_positions = self.next_positions + counts
         self._open = positions.shape[1]
         self._masks = {}
-        self._starts = set((self.next_positions - counts).tolist())
+        starts = self.next_positions - counts
+        self._start = int(starts.max())
+        natural = self._start + torch.arange(self._open, device=positions.device)
+        self._uniform = bool(((positions == natural) | ~valid).all())
 
-    def _recover(self) -> None:
-        # A forward pass that died left some layers ahead of others; all go back to before it.
-        consistent = min(layer.fed for layer in self.layers)
+    def recover(self) -> None:
+        """Goes back to before a forward pass that died halfway, if one did."""
+        if not self._open:
+            return
+        before = self.fed - self._open
         for layer in self.layers:
-            layer.drop_last(layer.fed - consistent)
-        self._forget(self.fed - consistent)
+            layer.drop_last(max(0, layer.fed - before))
+        self._forget(self._open)
         self._open, self._awaiting = 0, None
 
     def _check_positions(self, positions: torch.Tensor, valid: torch.Tensor) -> None:
@@ -244,23 +249,24 @@ class MemoryCache(Cache):
         """Keeps the rows of ``indices``."""
         self.select_rows(indices)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Between forward passes, slots of the longest layer; within one, the first new position.
 
         Between passes transformers asks in order to size an attention mask. Within one, a model
-        asks where its new tokens stand (Llama 4 scales queries by that), which is a position.
+        asks where its new tokens stand: as a default for the position_ids that it was given, or,
+        from within a layer, in earnest (Llama 4 scales queries by it).
 
         Raises:
-            UnsupportedModel: if a model asks for one position while rows stand at several.
+            UnsupportedModel: if a layer asks for one position while rows stand at several.
         """
         if self._open == 0:
             return max(layer.length for layer in self.layers)
-        if len(self._starts) > 1:
+        if layer_idx is not None and not self._uniform:
             raise UnsupportedModel(
                 f"{self.spec.name} derives positions from the cache's length, so rows can't stand "
-                f"at different positions ({sorted(self._starts)}): attach one memory at a time"
+                "at different positions: use one memory and prompts of one length, or one row"
             )
-        return next(iter(self._starts))
+        return self._start
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Slots before the new tokens; only mask sizes come from this, and they are not used."""

@@ -36,7 +36,8 @@ def generate(
         memory: one memory, or a list: one per row.
         prompt: one prompt, or a list of prompts over one memory, or one per memory.
         strict: whether the compatibility gate holds.
-        **options: see :meth:`~kvedit.runtime.session.Session.generate`.
+        **options: see :meth:`~kvedit.runtime.session.Session.generate`; also ``num_beams`` and
+            ``num_return_sequences``, of which the latter gives a list per prompt, row by row.
 
     Returns:
         A string, or a list of strings if memories or prompts are a list. Without a tokenizer,
@@ -45,13 +46,14 @@ def generate(
     Raises:
         InvalidArgument: if memories and prompts differ in number.
     """
+    expanded = any(int(options.get(n) or 1) > 1 for n in ("num_beams", "num_return_sequences"))
     single = isinstance(memory, KVMemory) and not _several(prompt)
     rows = len(prompt) if isinstance(memory, KVMemory) and _several(prompt) else 1
     with attach(model, memory, tokenizer, rows=rows, strict=strict) as session:
-        replies = session.generate(prompt, **options)
+        replies = (session.generate_many if expanded else session.generate)(prompt, **options)
     listed = [replies] if isinstance(replies, Reply) else replies
     texts = [list(r.tokens) if tokenizer is None else r.text for r in listed]
-    return texts[0] if single else texts
+    return texts[0] if single and len(texts) == 1 else texts
 
 
 def _several(prompt: Any) -> bool:

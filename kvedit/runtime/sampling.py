@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from kvedit.runtime.cache import MemoryCache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Stream", "sample"]
+__all__ = ["Stream", "sample", "sample_expanded"]
 
 Stream = Callable[[str], None]
 
@@ -67,19 +66,62 @@ def sample(
         ContextTooLong: if the reply could run past the model's positions.
         UnsupportedModel: if an option names a mechanism that is not supported.
     """
-    if max_new_tokens < 1:
-        raise InvalidArgument(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-    for name, value in options.items():
-        if name in _REFUSED and value not in (None, 1):
-            raise UnsupportedModel(f"generate option {name}={value!r}: {_REFUSED[name]}")
+    _check_options(max_new_tokens, options, set())
     _check_room(cache, valid, max_new_tokens)
     settings = _settings(model, tokenizer, stop, stream, cache.rows, options)
     first = cache.fed
+    made = _generate(model, cache, ids, valid, max_new_tokens, seed, settings)
+    ends = _end_ids(model, settings)
+    lists = [_until_end(tokens, ends) for tokens in made]
+    _tidy(cache, first + ids.shape[1], lists)
+    return lists
+
+
+def sample_expanded(
+    model: PreTrainedModel,
+    cache: MemoryCache,
+    ids: torch.Tensor,
+    valid: torch.Tensor,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_new_tokens: int,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> list[list[int]]:
+    """Like :func:`sample`, for beam search and several samples per row; ends the cache's use.
+
+    Returns:
+        ``num_return_sequences`` lists of ids per row, row by row.
+    """
+    _check_options(max_new_tokens, options, {"num_beams", "num_return_sequences"})
+    _check_room(cache, valid, max_new_tokens)
+    settings = _settings(model, tokenizer, stop, None, cache.rows, options)
+    # transformers repeats prompts by this number, and expects a cache that has as many rows.
+    repeats = max(int(options.get(name) or 1) for name in ("num_beams", "num_return_sequences"))
+    made = _generate(model, cache, ids, valid, max_new_tokens, seed, settings, repeats)
+    ends = _end_ids(model, settings)
+    return [_until_end(tokens, ends) for tokens in made]
+
+
+def _generate(
+    model: PreTrainedModel,
+    cache: MemoryCache,
+    ids: torch.Tensor,
+    valid: torch.Tensor,
+    max_new_tokens: int,
+    seed: int | None,
+    settings: dict[str, Any],
+    repeats: int = 1,
+) -> list[list[int]]:
+    cache.recover()
     device = model.device
     ids, valid = ids.to(device), valid.to(device)
     starts = cache.next_positions.to(device)
     before = torch.ones(cache.rows, cache.get_seq_length(), dtype=torch.int64, device=device)
     cache.reserve(ids.shape[1] + max_new_tokens)
+    if repeats > 1:
+        cache.batch_repeat_interleave(repeats)
     with _seeded(seed), torch.no_grad():
         output = model.generate(
             ids,
@@ -89,11 +131,17 @@ def sample(
             max_new_tokens=max_new_tokens,
             **settings,
         )
-    made = output[:, ids.shape[1] :].tolist()
-    ends = _end_ids(model, settings)
-    lists = [_until_end(tokens, ends) for tokens in made]
-    _tidy(cache, first + ids.shape[1], lists)
-    return lists
+    made: list[list[int]] = output[:, ids.shape[1] :].tolist()
+    return made
+
+
+def _check_options(max_new_tokens: int, options: dict[str, Any], allowed: set[str]) -> None:
+    if max_new_tokens < 1:
+        raise InvalidArgument(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    for name, value in options.items():
+        harmless = value is None or (name.startswith("num_") and value == 1)
+        if name in _REFUSED and name not in allowed and not harmless:
+            raise UnsupportedModel(f"generate option {name}={value!r}: {_REFUSED[name]}")
 
 
 def _check_room(cache: MemoryCache, valid: torch.Tensor, new: int) -> None:
@@ -125,7 +173,8 @@ def _settings(
     end = model.generation_config.eos_token_id
     pad = model.generation_config.pad_token_id
     if pad is None:
-        settings["pad_token_id"] = end[0] if isinstance(end, list) else (end if end is not None else 0)
+        first_end = end[0] if isinstance(end, list) else end
+        settings["pad_token_id"] = 0 if first_end is None else first_end
     if stop is not None or stream is not None:
         if tokenizer is None:
             raise InvalidArgument("stop strings and streaming need a tokenizer")

@@ -16,7 +16,7 @@ from kvedit.runtime.cache import MemoryCache
 from kvedit.runtime.gate import admit
 from kvedit.runtime.grown import grown_memory
 from kvedit.runtime.hooks import announcing
-from kvedit.runtime.sampling import Stream, sample
+from kvedit.runtime.sampling import Stream, sample, sample_expanded
 from kvedit.runtime.text import Context, encode_turn, extend_source
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class Session:
         Returns:
             Logits ``[batch, query or keep, vocabulary]``.
         """
+        self.cache.recover()
         device = self.model.device
         ids = ids.to(device)
         real = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid.to(device)
@@ -144,6 +145,22 @@ class Session:
         replies = [self._take(row, tokens, stop) for row, tokens in enumerate(lists)]
         return replies[0] if self.rows == 1 else replies
 
+    def generate_many(
+        self, prompt: Context | Sequence[Context], *, max_new_tokens: int = 64,
+        chat: bool | None = None, stop: str | Sequence[str] | None = None, **options: Any,
+    ) -> list[Reply]:
+        """Beam search, or several samples per row. The session can't go on after it.
+
+        Returns:
+            ``num_return_sequences`` replies per row, row by row.
+        """
+        ids, valid = self._encode(self._per_row(prompt), chat)
+        lists = sample_expanded(
+            self.model, self.cache, ids, valid, tokenizer=self.tokenizer,
+            max_new_tokens=max_new_tokens, stop=stop, **options,
+        )
+        return [Reply(self._text(tokens, stop), tuple(tokens)) for tokens in lists]
+
     def memory(self, row: int = 0) -> KVMemory:
         """Returns a row, with all that it grew by, as a new memory."""
         self.flush()
@@ -201,23 +218,21 @@ class Session:
         source = self._sources[row]
         assert source is not None
         grown = extend_source(source, torch.tensor(tokens, dtype=torch.int64), self.tokenizer)
-        text = "" if self.tokenizer is None else _reply_text(self.tokenizer, tokens, stop)
         if source.chat is not None and self.tokenizer is not None:
             content = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
             start = len(source.text)
             message = Message("assistant", content, start, start + len(content))
             grown = replace(grown, messages=(*grown.messages, message))
         self._sources[row] = grown
-        return Reply(text, tuple(tokens))
+        return Reply(self._text(tokens, stop), tuple(tokens))
 
-
-def _reply_text(
-    tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: str | Sequence[str] | None
-) -> str:
-    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-    for end in [stop] if isinstance(stop, str) else stop or ():
-        text = text.split(end, 1)[0]
-    return text
+    def _text(self, tokens: list[int], stop: str | Sequence[str] | None) -> str:
+        if self.tokenizer is None:
+            return ""
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        for end in [stop] if isinstance(stop, str) else stop or ():
+            text = text.split(end, 1)[0]
+        return text
 
 
 @contextmanager

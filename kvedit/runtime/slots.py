@@ -39,10 +39,12 @@ class LayerSlots(CacheLayerMixin):
         self.held = max(counts)
         rows = len(counts)
         self.positions = torch.zeros(rows, self.held, dtype=torch.int64)
+        self.source = torch.full((rows, self.held), -1, dtype=torch.int64)
         valid = torch.zeros(rows, self.held, dtype=torch.bool)
         for row, layer in enumerate(memories):
             if layer is not None:
                 self.positions[row, : layer.slots] = layer.positions
+                self.source[row, : layer.slots] = layer.source
                 valid[row, : layer.slots] = True
         self.valid: torch.Tensor | None = None if bool(valid.all()) else valid
         self.bias = _padded_bias(spec, memories, self.held)
@@ -141,6 +143,7 @@ class LayerSlots(CacheLayerMixin):
             self.memories = [self.memories[row] for row in rows.tolist()]
         at = rows.to(self.positions.device)
         self.positions = self.positions[at]
+        self.source = self.source[rows.to(self.source.device)]
         self.valid = None if self.valid is None else self.valid[at]
         if self.bias is not None and self.bias.shape[0] > 1:
             self.bias = self.bias[rows.to(self.bias.device)]
