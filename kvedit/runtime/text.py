@@ -37,6 +37,9 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, context: Context) -> Sourc
     Raises:
         InvalidArgument: if it is empty, or a text without a tokenizer.
     """
+    if isinstance(context, str) and not context:
+        # A tokenizer's BOS alone would still make a memory, of nothing.
+        raise InvalidArgument("the context is empty: expected a text, messages or token ids")
     if isinstance(context, torch.Tensor) or (
         isinstance(context, Sequence) and context and isinstance(context[0], int)
     ):
