@@ -12,12 +12,13 @@ OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline
 
 # The lazy names are resolved first: pdoc shows what a module holds.
 define BUILD_DOCS
-import pathlib, kvedit, pdoc
+import pathlib, warnings, kvedit, pdoc
 vars(kvedit).update({name: getattr(kvedit, name) for name in kvedit.__all__})
 files = sorted(pathlib.Path("kvedit").rglob("*.py"))
 parts = [file.with_suffix("").parts for file in files]
 modules = [".".join(p).removesuffix(".__init__") for p in parts if p[-1] != "__main__"]
 pdoc.render.configure(docformat="google")
+warnings.filterwarnings("ignore", message="The module specification")
 pdoc.pdoc(*modules, output_directory=pathlib.Path("docs/_build"))
 endef
 export BUILD_DOCS
@@ -65,7 +66,6 @@ lint: $(STAMP) ## style, spelling, docstrings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
-	$(BIN)/pydoclint kvedit
 
 format: $(STAMP) ## rewrite to house style
 	$(BIN)/ruff check --fix .

@@ -42,7 +42,7 @@ class Registry:
         return name in self._all()
 
     def load(self, name: str) -> Any:
-        """Imports and returns what ``name`` stands for.
+        """Returns what ``name`` stands for; it is imported now.
 
         Raises:
             UnknownName: if nothing has that name; near names are in the message.

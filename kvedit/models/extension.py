@@ -27,7 +27,9 @@ def extend(call: AttentionCall) -> AttentionCall:
     Args:
         call: a call with ``bias`` ``[batch or 1, query_head, 1, slot]``.
     """
-    assert call.bias is not None
+    bias = call.bias
+    if bias is None:
+        return call
     batch, heads, queries, dim = call.query.shape
     group = heads // call.key.shape[1]
     key, value = (
@@ -35,7 +37,7 @@ def extend(call: AttentionCall) -> AttentionCall:
         for x in (call.key, call.value)
     )
     grow = -(dim + 1) % 8
-    bias = rearrange(call.bias, "batch head 1 slot -> batch head slot 1").clamp_min(EVICTED)
+    bias = rearrange(bias, "batch head 1 slot -> batch head slot 1").clamp_min(EVICTED)
     bias = bias.expand(batch, heads, key.shape[2], 1).to(key.dtype)
     ones = call.query.new_full((batch, heads, queries, 1), 1.0 / call.scale)
     return without_bias(

@@ -151,7 +151,7 @@ def _adapters(model: PreTrainedModel, adapters: list[str]) -> str:
     if not adapters:
         return ""
     weights = ((n, p) for n, p in model.named_parameters() if _of_adapter(n, adapters))
-    configs = {name: str(model.peft_config[name]) for name in adapters}  # type: ignore[index]
+    configs = {name: str(model.peft_config[name]) for name in adapters}
     return digest_bytes(canonical_json({"configs": configs, "weights": _digest_named(weights)}))
 
 

@@ -55,9 +55,7 @@ class Inspection:
 _inspected: WeakKeyDictionary[torch.nn.Module, tuple[Any, Inspection]] = WeakKeyDictionary()
 
 
-def inspect(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-) -> Inspection:
+def inspect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Inspection:
     """Returns the facts of a live model: one forward pass of a few single tokens, then kept.
 
     Args:
@@ -121,9 +119,7 @@ def _layer(seen: LayerObservation, rope: RopeSpec | None) -> LayerSpec:
     )
 
 
-def _spec(
-    model: PreTrainedModel, layers: tuple[LayerSpec, ...], positions: Positions
-) -> ModelSpec:
+def _spec(model: PreTrainedModel, layers: tuple[LayerSpec, ...], positions: Positions) -> ModelSpec:
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return ModelSpec(

@@ -85,9 +85,11 @@ def _passed_through(
     from transformers import AutoTokenizer
 
     if not hasattr(model, "config"):
-        raise InvalidArgument(f"expected a name, a folder or a transformers model, found {type(model)}")
+        raise InvalidArgument(
+            f"expected a name, a folder or a transformers model, found {type(model)}"
+        )
     if dtype is not None or device is not None:
-        model = model.to(device=device, dtype=as_dtype(dtype))  # type: ignore[arg-type]
+        model = model.to(device=device, dtype=as_dtype(dtype))
     if attn is not None:
         model.set_attn_implementation(attn)
     try:

@@ -116,7 +116,7 @@ class _Watcher:
 
 
 def observe(model: PreTrainedModel) -> dict[int, LayerObservation]:
-    """Shows the model one token at several positions and returns what each layer did.
+    """Returns what each layer did when the model was shown one token at several positions.
 
     Raises:
         UnsupportedModel: if attention does not go through transformers' attention interface.

@@ -49,7 +49,9 @@ def _refuse_layers(model: PreTrainedModel, name: str) -> None:
     try:
         layers = DynamicCache(config=model.config).layers
     except Exception as error:
-        raise UnsupportedModel(f"{name}: transformers has no attention cache for it ({error})") from error
+        raise UnsupportedModel(
+            f"{name}: transformers has no attention cache for it ({error})"
+        ) from error
     for index, layer in enumerate(layers):
         kind = type(layer).__name__
         if kind not in _UNDERSTOOD:

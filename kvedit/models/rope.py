@@ -1,6 +1,7 @@
 """Rotary position embedding by a layer's own convention: rotate, un-rotate, shift.
 
-Su et al. 2021 (RoFormer), eq. 34: a pair of dims ``(x, y)`` at position m turns by ``m * inv_freq``.
+Su et al. 2021 (RoFormer), eq. 34: a pair of dims ``(x, y)`` at position m turns by
+``m * inv_freq``.
 Angles are computed in float64 from the frequencies in use, so an error of a shift is that of the
 float32 angles at which the model rotated its keys, not ours.
 """

@@ -63,9 +63,7 @@ class MemoryCache(Cache):
         """New tokens per row since the start, padding included."""
         return self.positions.shape[1]
 
-    def begin(
-        self, ids: torch.Tensor | None, positions: torch.Tensor, valid: torch.Tensor
-    ) -> None:
+    def begin(self, ids: torch.Tensor | None, positions: torch.Tensor, valid: torch.Tensor) -> None:
         """Announces the new tokens of the forward pass that follows.
 
         Args:
@@ -120,8 +118,12 @@ class MemoryCache(Cache):
         check_switch(self.spec, int(starts.max()), last)
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int,
-        *args: Any, **kwargs: Any,
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends a layer's new keys and values and returns all of its slots, marked."""
         if self._open != key_states.shape[2]:
@@ -250,7 +252,7 @@ class MemoryCache(Cache):
         self.select_rows(indices)
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
-        """Between forward passes, slots of the longest layer; within one, the first new position.
+        """Returns slots of the longest layer; within a forward pass, the first new position.
 
         Between passes transformers asks in order to size an attention mask. Within one, a model
         asks where its new tokens stand: as a default for the position_ids that it was given, or,
@@ -260,7 +262,7 @@ class MemoryCache(Cache):
             UnsupportedModel: if a layer asks for one position while rows stand at several.
         """
         if self._open == 0:
-            return max(layer.length for layer in self.layers)
+            return max(int(layer.length) for layer in self.layers)
         if layer_idx is not None and not self._uniform:
             raise UnsupportedModel(
                 f"{self.spec.name} derives positions from the cache's length, so rows can't stand "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -24,20 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["Estimate", "capture", "estimate"]
 
 
-@overload
-def capture(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    context: str | Sequence[Mapping[str, Any]] | Sequence[int] | torch.Tensor,
-    **options: Any,
-) -> KVMemory: ...
-@overload
-def capture(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    context: Sequence[Context],
-    **options: Any,
-) -> list[KVMemory]: ...
 def capture(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -51,7 +37,7 @@ def capture(
     batch_size: int = 8,
     progress: bool = False,
 ) -> Any:
-    """Returns the memory that the model has of a context, or a list of them for several.
+    """Returns the memory (:class:`KVMemory`) that the model has of a context; a list for several.
 
     Args:
         model: a decoder-only model in eval mode.
@@ -74,7 +60,9 @@ def capture(
         UnsupportedModel: if the model has a mechanism that is not understood.
     """
     if chunk < 1 or batch_size < 1:
-        raise InvalidArgument(f"chunk and batch_size must be at least 1, found {chunk}, {batch_size}")
+        raise InvalidArgument(
+            f"chunk and batch_size must be at least 1, found {chunk}, {batch_size}"
+        )
     if window not in ("whole", "windowed"):
         raise InvalidArgument(f"window must be 'whole' or 'windowed', found {window!r}")
     several = _is_several(context)

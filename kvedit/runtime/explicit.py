@@ -58,7 +58,8 @@ def _masked(call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
         return scores.masked_fill(~mask, -torch.inf)
     # Masks written with the dtype's lowest number mean "not seen", as -inf does.
     lowest = torch.finfo(mask.dtype).min
-    return scores + mask.float().masked_fill(mask <= lowest, -torch.inf)
+    masked: torch.Tensor = scores + mask.float().masked_fill(mask <= lowest, -torch.inf)
+    return masked
 
 
 def attention_weights(call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The compatibility gate: a memory meets only the model that made it, or is refused with reasons."""
+"""The compatibility gate: a memory meets the model that made it, or is refused with reasons."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ KNOWN_RULES: tuple[str, ...] = ()
 """Names of the run-time rules that this version can apply."""
 
 
-def admit(
-    memory: KVMemory, spec: ModelSpec, dtype: torch.dtype, strict: bool = True
-) -> None:
+def admit(memory: KVMemory, spec: ModelSpec, dtype: torch.dtype, strict: bool = True) -> None:
     """Raises unless ``memory`` may be attached to the model of ``spec``.
 
     Args:
@@ -52,7 +50,8 @@ def admit(
         hint = "" if _shape_reasons(memory.model, spec) else "; strict=False attaches it anyway"
         raise IncompatibleModel(
             f"this memory of {memory.model.name} does not fit {spec.name}: "
-            + "; ".join(reasons) + hint
+            + "; ".join(reasons)
+            + hint
         )
 
 

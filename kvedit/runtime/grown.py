@@ -49,22 +49,26 @@ def row_layers(session: Session, row: int, source: Source | None) -> dict[int, L
     count = int(new.sum())
     first = (len(source) if source else 0) - count
     return {
-        index: _row_layer(slots, row, new, cache.positions[row], first,
-                          base.layers[index] if base else None)
+        index: _row_layer(
+            slots, row, new, cache.positions[row], first, base.layers[index] if base else None
+        )
         for index, slots in enumerate(cache.layers)
     }
 
 
 def _row_layer(
-    slots: object, row: int, new: torch.Tensor, positions: torch.Tensor, first: int,
+    slots: object,
+    row: int,
+    new: torch.Tensor,
+    positions: torch.Tensor,
+    first: int,
     base: LayerKV | None,
 ) -> LayerKV:
     held = base.slots if base is not None else 0
     keys, values = slots.states()  # type: ignore[attr-defined]
     padded: int = slots.held  # type: ignore[attr-defined]
     keep = torch.cat(
-        (torch.arange(held, device=keys.device),
-         padded + new.to(keys.device).nonzero().squeeze(1))
+        (torch.arange(held, device=keys.device), padded + new.to(keys.device).nonzero().squeeze(1))
     )
     count = int(new.sum())
     fresh = torch.arange(first, first + count)

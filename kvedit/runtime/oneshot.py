@@ -57,8 +57,10 @@ def generate(
 
 
 def _several(prompt: Any) -> bool:
-    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(
-        prompt[0], str | list | tuple | torch.Tensor
+    return (
+        isinstance(prompt, list | tuple)
+        and bool(prompt)
+        and isinstance(prompt[0], str | list | tuple | torch.Tensor)
     )
 
 

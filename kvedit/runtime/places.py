@@ -118,7 +118,8 @@ def _block(model: PreTrainedModel, name: str) -> torch.nn.Module:
     parts = name.split(".")
     for stop in range(len(parts), 0, -1):
         if isinstance(model.get_submodule(".".join(parts[: stop - 1])), torch.nn.ModuleList):
-            return model.get_submodule(".".join(parts[:stop]))
+            block: torch.nn.Module = model.get_submodule(".".join(parts[:stop]))
+            return block
     raise UnsupportedModel(f"{name} stands in no list of layers; its block can't be found")
 
 

@@ -31,7 +31,7 @@ class ModelReader:
     def read(
         self, memory: KVMemory, tokens: torch.Tensor, sites: Iterable[str]
     ) -> dict[str, dict[int, torch.Tensor]]:
-        """Returns, per site and layer, the tensor of one pass of ``tokens`` over ``memory``.
+        """Returns the tensors, by site and layer, of one pass of ``tokens`` over ``memory``.
 
         Args:
             memory: the memory; it does not change.

@@ -45,7 +45,7 @@ def sample(
     seed: int | None = None,
     **options: Any,
 ) -> list[list[int]]:
-    """Generates behind ``cache`` and returns each row's new ids, an end token included.
+    """Returns each row's new ids, generated behind ``cache``, an end token included.
 
     The cache then holds the prompt and all new tokens but each row's last.
 
@@ -150,9 +150,10 @@ def _check_room(cache: MemoryCache, valid: torch.Tensor, new: int) -> None:
     prompt = valid.sum(dim=1).cpu()
     last = int((cache.next_positions.cpu() + prompt).max())
     if last + new - 1 > cache.limit:
+        fit = max(0, cache.limit - last + 1)
         raise ContextTooLong(
             f"{cache.spec.name} has {cache.limit} positions; memory and prompt end at {last} and "
-            f"max_new_tokens={new} could run past them; at most {max(0, cache.limit - last + 1)} fit"
+            f"max_new_tokens={new} could run past them; at most {fit} fit"
         )
 
 

@@ -17,7 +17,7 @@ from kvedit.runtime.gate import admit
 from kvedit.runtime.grown import grown_memory
 from kvedit.runtime.hooks import announcing
 from kvedit.runtime.sampling import Stream, sample, sample_expanded
-from kvedit.runtime.text import Context, encode_turn, extend_source
+from kvedit.runtime.text import Context, empty_source, encode_turn, extend_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -139,15 +139,28 @@ class Session:
         """
         ids, valid = self._encode(self._per_row(prompt), chat)
         lists = sample(
-            self.model, self.cache, ids, valid, tokenizer=self.tokenizer,
-            max_new_tokens=max_new_tokens, stop=stop, stream=stream, seed=seed, **options,
+            self.model,
+            self.cache,
+            ids,
+            valid,
+            tokenizer=self.tokenizer,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            stream=stream,
+            seed=seed,
+            **options,
         )
         replies = [self._take(row, tokens, stop) for row, tokens in enumerate(lists)]
         return replies[0] if self.rows == 1 else replies
 
     def generate_many(
-        self, prompt: Context | Sequence[Context], *, max_new_tokens: int = 64,
-        chat: bool | None = None, stop: str | Sequence[str] | None = None, **options: Any,
+        self,
+        prompt: Context | Sequence[Context],
+        *,
+        max_new_tokens: int = 64,
+        chat: bool | None = None,
+        stop: str | Sequence[str] | None = None,
+        **options: Any,
     ) -> list[Reply]:
         """Beam search, or several samples per row. The session can't go on after it.
 
@@ -156,8 +169,14 @@ class Session:
         """
         ids, valid = self._encode(self._per_row(prompt), chat)
         lists = sample_expanded(
-            self.model, self.cache, ids, valid, tokenizer=self.tokenizer,
-            max_new_tokens=max_new_tokens, stop=stop, **options,
+            self.model,
+            self.cache,
+            ids,
+            valid,
+            tokenizer=self.tokenizer,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            **options,
         )
         return [Reply(self._text(tokens, stop), tuple(tokens)) for tokens in lists]
 
@@ -215,8 +234,7 @@ class Session:
     def _take(self, row: int, tokens: list[int], stop: str | Sequence[str] | None) -> Reply:
         # The last token was chosen and not fed; it goes in front of what comes next.
         self._pending[row] = tokens[-1:]
-        source = self._sources[row]
-        assert source is not None
+        source = self._sources[row] or empty_source()
         grown = extend_source(source, torch.tensor(tokens, dtype=torch.int64), self.tokenizer)
         if source.chat is not None and self.tokenizer is not None:
             content = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -280,11 +298,10 @@ def attach(
     Raises:
         IncompatibleModel: if a memory does not fit the model.
         UnsupportedModel: if the model has a mechanism that is not understood.
+        InvalidArgument: if there is no memory or no row.
     """
     memories = [memory] * rows if isinstance(memory, KVMemory) else list(memory)
     if not memories:
         raise InvalidArgument("expected at least one memory and one row")
     with open_session(model, inspect(model, tokenizer), memories, tokenizer, strict) as session:
         yield session
-
-

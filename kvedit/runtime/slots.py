@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from kvedit.errors import InvalidArgument
 from kvedit.memory import LayerKV, LayerSpec
 
 __all__ = ["LayerSlots"]
@@ -31,7 +32,7 @@ class LayerSlots(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, spec: LayerSpec, memories: Sequence[LayerKV | None]) -> None:
-        """Pads positions, validity and bias of the rows; keys and values are copied at first use."""
+        """Pads positions, validity and bias; keys and values are copied at first use."""
         super().__init__()
         self.spec = spec
         self.memories: list[LayerKV | None] = list(memories)
@@ -60,8 +61,10 @@ class LayerSlots(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Copies the memories into a buffer on the device and in the dtype of the first tokens."""
         room = self.length + max(_SPARE, key_states.shape[2])
-        self._buffers = tuple(self._filled(kind, states, room) for kind, states in
-                              (("keys", key_states), ("values", value_states)))  # type: ignore[assignment]
+        self._buffers = tuple(
+            self._filled(kind, states, room)
+            for kind, states in (("keys", key_states), ("values", value_states))
+        )  # type: ignore[assignment]
         self.positions = self.positions.to(key_states.device)
         self.valid = None if self.valid is None else self.valid.to(key_states.device)
         self.memories = []
@@ -105,7 +108,8 @@ class LayerSlots(CacheLayerMixin):
 
     @property
     def _stored(self) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self._buffers is not None
+        if self._buffers is None:
+            raise InvalidArgument("this layer has seen no tokens yet")
         return self._buffers
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from kvedit.models.fingerprint import template_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Context", "encode", "encode_turn", "extend_source", "is_messages"]
+__all__ = ["Context", "empty_source", "encode", "encode_turn", "extend_source", "is_messages"]
 
 Context = str | Sequence[Mapping[str, Any]] | Sequence[int] | torch.Tensor
 """A text, chat messages, or token ids."""
@@ -81,7 +82,7 @@ def encode_turn(
         TemplateNotCuttable: if the template renders the longer chat differently.
         InvalidArgument: if the prompt is empty or can't be encoded.
     """
-    start = source or _empty_source()
+    start = source or empty_source()
     if isinstance(prompt, torch.Tensor) or (
         isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], int)
     ):
@@ -118,7 +119,8 @@ def extend_source(
     )
 
 
-def _empty_source() -> Source:
+def empty_source() -> Source:
+    """Returns a source of no tokens."""
     return Source(torch.zeros(0, dtype=torch.int64), "", torch.zeros(0, 2, dtype=torch.int64))
 
 
@@ -133,7 +135,7 @@ def _from_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Source:
 def _from_ids(tokenizer: PreTrainedTokenizerBase | None, ids: torch.Tensor) -> Source:
     if ids.ndim != 1:
         raise InvalidArgument(f"expected token ids of one context [n], found {list(ids.shape)}")
-    return extend_source(_empty_source(), ids.cpu(), tokenizer)
+    return extend_source(empty_source(), ids.cpu(), tokenizer)
 
 
 def _from_messages(
@@ -160,9 +162,7 @@ def _render(
     )
 
 
-def _locate(
-    messages: Sequence[Mapping[str, Any]], text: str, cursor: int
-) -> tuple[Message, ...]:
+def _locate(messages: Sequence[Mapping[str, Any]], text: str, cursor: int) -> tuple[Message, ...]:
     found = []
     for message in messages:
         content = message["content"]
@@ -239,9 +239,7 @@ def _tokenize(
         spelled, offsets = _spell(tokenizer, torch.tensor(ids, dtype=torch.int64))
         exact = spelled == text
         return torch.tensor(ids), offsets if exact else torch.zeros_like(offsets)
-    found = tokenizer(
-        text, add_special_tokens=special, return_offsets_mapping=True, verbose=False
-    )
+    found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     ids = torch.tensor(found["input_ids"], dtype=torch.int64)
     return ids, torch.tensor(found["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
 
@@ -264,9 +262,7 @@ def _spell_behind(
     return spelled, (offsets + moved).clamp_max(len(spelled))
 
 
-def _spell(
-    tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor
-) -> tuple[str, torch.Tensor]:
+def _spell(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> tuple[str, torch.Tensor]:
     """Returns the text of ids, and each token's range in it."""
     text = str(tokenizer.decode(ids.tolist(), **_AS_IS))
     if tokenizer.is_fast:
@@ -281,4 +277,4 @@ def _spell(
         prefix = str(tokenizer.decode(ids[max(0, stop - _TAIL) : stop].tolist(), **_AS_IS))
         before = str(tokenizer.decode(ids[max(0, stop - _TAIL) : stop - 1].tolist(), **_AS_IS))
         ends.append(min(len(text), ends[-1] + max(0, len(prefix) - len(before))))
-    return text, torch.tensor(list(zip(ends, ends[1:], strict=False)), dtype=torch.int64)
+    return text, torch.tensor(list(pairwise(ends)), dtype=torch.int64)

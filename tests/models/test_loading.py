@@ -132,8 +132,13 @@ def test_two_processes_convert_the_packaged_model_once(tmp_path):
     code = "import kvedit; from kvedit.models.packaged import packaged_folder as f; print(f())"
     environment = {**os.environ, "KVEDIT_CACHE": str(tmp_path / "fresh"), "HF_HUB_OFFLINE": "1"}
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         for _ in range(2)
     ]
     outputs = {process.communicate()[0].strip() for process in processes}

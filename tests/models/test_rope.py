@@ -49,8 +49,12 @@ def _tolerance(rope, keys, start, stop):
 @pytest.mark.parametrize("family", ROPE_FAMILIES)
 def test_keys_before_rope_are_the_projection(family):
     """unrotate(post-RoPE keys) equals what the key projection (and key norm) put out."""
-    model, tokenizer = tiny_model(family, dtype=torch.float64 if family not in
-                                  ("gpt_oss", "qwen3_moe", "llama4_text") else torch.float32)
+    model, tokenizer = tiny_model(
+        family,
+        dtype=torch.float64
+        if family not in ("gpt_oss", "qwen3_moe", "llama4_text")
+        else torch.float32,
+    )
     ids = torch.arange(20, 32)
     first = kv.capture(model, None, ids)
     spec = first.model
@@ -94,7 +98,8 @@ def test_rotation_against_complex_numbers(rope, layout):
     z = z * torch.polar(torch.full((9, 8), spec.scaling, dtype=torch.float64), angles(spec, at))
     found = rotate(states, spec, at)
     real, imaginary = (
-        (found[..., :8], found[..., 8:16]) if layout == "half"
+        (found[..., :8], found[..., 8:16])
+        if layout == "half"
         else (found[..., 0:16:2], found[..., 1:16:2])
     )
     torch.testing.assert_close(torch.complex(real, imaginary), z, atol=1e-12, rtol=0)

@@ -37,5 +37,3 @@ def tiny():
         return found
 
     return build
-
-

@@ -30,7 +30,9 @@ def _expected(call, memory, spec, layer, row, positions, next_position):
     bias = torch.zeros(facts.query_heads, keys.shape[1])
     if kept.bias is not None:
         bias[:, : kept.slots] = kept.bias
-    visible = positions[None, :] <= torch.arange(next_position, next_position + queries.shape[1])[:, None]
+    visible = (
+        positions[None, :] <= torch.arange(next_position, next_position + queries.shape[1])[:, None]
+    )
     if facts.window:
         last = torch.arange(next_position, next_position + queries.shape[1])[:, None]
         visible &= positions[None, :] > last - facts.window
@@ -143,15 +145,16 @@ def test_key_extension_equals_an_additive_bias():
     key, value = (torch.randn(2, 2, 7, 12, generator=generator) for _ in range(2))
     bias = torch.randn(1, 4, 1, 7, generator=generator)
     bias[0, 1, 0, 2] = -torch.inf
-    call = AttentionCall(
-        torch.nn.Identity(), "fa2", query, key, value, None, False, 0.3, {}, bias
-    )
+    call = AttentionCall(torch.nn.Identity(), "fa2", query, key, value, None, False, 0.3, {}, bias)
     wide = extend(call)
     assert wide.query.shape[-1] % 8 == 0 and wide.bias is None
     sdpa = torch.nn.functional.scaled_dot_product_attention
     found = sdpa(wide.query, wide.key, wide.value, scale=0.3)[..., :12]
     expected = sdpa(
-        query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), scale=0.3,
+        query,
+        key.repeat_interleave(2, 1),
+        value.repeat_interleave(2, 1),
+        scale=0.3,
         attn_mask=bias.clamp_min(EVICTED),
     )
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -178,8 +181,14 @@ def test_flash_attention_refuses_what_it_cannot_mask(tiny):
     from kvedit.runtime.cache import _finish
 
     call = AttentionCall(
-        torch.nn.Identity(), "sdpa", torch.zeros(1, 4, 2, 8), torch.zeros(1, 2, 5, 8),
-        torch.zeros(1, 2, 5, 8), None, False, None,
+        torch.nn.Identity(),
+        "sdpa",
+        torch.zeros(1, 4, 2, 8),
+        torch.zeros(1, 2, 5, 8),
+        torch.zeros(1, 2, 5, 8),
+        None,
+        False,
+        None,
     )
     mask = torch.ones(1, 1, 2, 5, dtype=torch.bool)
     assert _finish(call, mask, False, None).mask is mask

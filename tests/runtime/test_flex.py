@@ -20,7 +20,8 @@ logits = {}
 for attn in ("sdpa", "flex_attention"):
     model, tokenizer = tiny_model(FAMILY, attn=attn)
     memory = kv.capture(model, tokenizer, TEXT)
-    memory = Drop(span="the", layers=(1,))(Emphasize(span="60 days", strength=2.0, heads=(1,))(memory))
+    memory = Emphasize(span="60 days", strength=2.0, heads=(1,))(memory)
+    memory = Drop(span="the", layers=(1,))(memory)
     with kv.attach(model, memory) as session:
         logits[attn] = torch.cat([session.forward(ids), session.forward(ids[:, :1])], dim=1)
 print("error", float((logits["sdpa"] - logits["flex_attention"]).abs().max()))
@@ -37,7 +38,10 @@ def test_flex_carries_the_same_bias_as_sdpa(family):
         code = CODE
     done = subprocess.run(
         [sys.executable, "-c", code.replace("FAMILY", repr(family))],
-        capture_output=True, text=True, check=False, timeout=600,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
     )
     if "error" not in done.stdout and "Inductor" in done.stderr:
         pytest.skip(f"this torch can't compile flex_attention here: {done.stderr[-300:]}")

@@ -29,9 +29,16 @@ def test_unsupported_architectures_are_refused_by_name(name):
     message = str(caught.value)
     assert type(model).__name__ in message
     words = {
-        "bloom": "interface", "gptj": "interface", "mpt": "ALiBi", "deepseek_v3": "MLA",
-        "mamba": "linear attention", "falcon_h1": "linear attention", "lfm2": "linear attention",
-        "qwen3_next": "linear attention", "gemma3n_text": "shares", "gemma4_text": "shares",
+        "bloom": "interface",
+        "gptj": "interface",
+        "mpt": "ALiBi",
+        "deepseek_v3": "MLA",
+        "mamba": "linear attention",
+        "falcon_h1": "linear attention",
+        "lfm2": "linear attention",
+        "qwen3_next": "linear attention",
+        "gemma3n_text": "shares",
+        "gemma4_text": "shares",
         "t5": "encoder",
     }
     assert words[name] in message
@@ -124,14 +131,23 @@ def test_learned_adapters_are_part_of_the_identity():
         (lambda m, t: kv.capture(m, t, TEXT, chunk=0), InvalidArgument, "chunk"),
         (lambda m, t: kv.capture(m, t, TEXT, window="half"), InvalidArgument, "window"),
         (lambda m, t: kv.generate(m, t, kv.capture(m, t, TEXT), ""), InvalidArgument, "empty"),
-        (lambda m, t: kv.generate(m, t, kv.capture(m, t, TEXT), " a", max_new_tokens=0),
-         InvalidArgument, "max_new_tokens"),
-        (lambda m, t: kv.generate(m, t, kv.capture(m, t, [TEXT, TEXT]), [" a"] * 3),
-         InvalidArgument, "3 prompts for 2 rows"),
+        (
+            lambda m, t: kv.generate(m, t, kv.capture(m, t, TEXT), " a", max_new_tokens=0),
+            InvalidArgument,
+            "max_new_tokens",
+        ),
+        (
+            lambda m, t: kv.generate(m, t, kv.capture(m, t, [TEXT, TEXT]), [" a"] * 3),
+            InvalidArgument,
+            "3 prompts for 2 rows",
+        ),
         (lambda m, t: kv.score(m, t, kv.capture(m, t, TEXT), " a", "b"), InvalidArgument, "list"),
         (lambda m, t: kv.score(m, t, kv.capture(m, t, TEXT), " a", []), InvalidArgument, "list"),
-        (lambda m, t: Emphasize(span="nothing of it", strength=1.0)(kv.capture(m, t, TEXT)),
-         kv.errors.SpanNotFound, "nothing matches"),
+        (
+            lambda m, t: Emphasize(span="nothing of it", strength=1.0)(kv.capture(m, t, TEXT)),
+            kv.errors.SpanNotFound,
+            "nothing matches",
+        ),
         (lambda m, t: Emphasize(span="60", strength=float("nan")), InvalidArgument, "strength"),
         (lambda m, t: kv.editors.build("emphasise", span="60"), UnknownName, "emphasize"),
         (lambda m, t: kv.load("no/such-model-here"), InvalidArgument, "can't load"),

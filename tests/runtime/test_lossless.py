@@ -89,7 +89,11 @@ def test_windowed_capture_continues_as_the_whole_one(tiny, family):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen3"])
 def test_captures_of_a_batch_equal_single_captures(tiny, family):
     model, tokenizer = tiny(family)
-    texts = ["One short text.", "A text that is a good deal longer than the first of them.", "Third"]
+    texts = [
+        "One short text.",
+        "A text that is a good deal longer than the first of them.",
+        "Third",
+    ]
     batch = kv.capture(model, tokenizer, texts)
     for text, memory in zip(texts, batch, strict=True):
         single = kv.capture(model, tokenizer, text)
@@ -129,7 +133,13 @@ def test_beam_search_and_several_samples_over_a_memory(tiny):
     found = kv.generate(model, None, memory, ids[0, 20:], max_new_tokens=8, num_beams=3)
     assert found == plain
     many = kv.generate(
-        model, None, memory, ids[0, 20:], max_new_tokens=5, num_return_sequences=3,
-        temperature=1.0, seed=3,
+        model,
+        None,
+        memory,
+        ids[0, 20:],
+        max_new_tokens=5,
+        num_return_sequences=3,
+        temperature=1.0,
+        seed=3,
     )
     assert len(many) == 3

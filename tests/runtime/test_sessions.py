@@ -144,8 +144,12 @@ def test_raw_calls_with_the_session_cache(tiny):
     with kv.attach(model, memory) as session:
         slots = session.cache.get_seq_length()
         out = model.generate(
-            ids, past_key_values=session.cache, position_ids=at, do_sample=False,
-            attention_mask=torch.ones(1, slots + 4, dtype=torch.int64), max_new_tokens=5,
+            ids,
+            past_key_values=session.cache,
+            position_ids=at,
+            do_sample=False,
+            attention_mask=torch.ones(1, slots + 4, dtype=torch.int64),
+            max_new_tokens=5,
         )
     assert out[0, 4:].tolist() == kv.generate(model, None, memory, ids[0], max_new_tokens=5)
 
@@ -162,14 +166,20 @@ def test_raw_calls_without_or_with_wrong_positions_are_refused(tiny):
             # transformers' default counts slots, which are fewer than positions here.
             slots = session.cache.get_seq_length()
             mask = torch.ones(1, slots + 3, dtype=torch.int64)
-            model.generate(_ids(3), past_key_values=session.cache, attention_mask=mask,
-                           max_new_tokens=2)
+            model.generate(
+                _ids(3), past_key_values=session.cache, attention_mask=mask, max_new_tokens=2
+            )
         with pytest.raises(InvalidArgument, match="2D attention_mask"):
-            model(_ids(3), past_key_values=session.cache, attention_mask=torch.ones(1, 1, 3, 3),
-                  position_ids=torch.arange(3)[None])
+            model(
+                _ids(3),
+                past_key_values=session.cache,
+                attention_mask=torch.ones(1, 1, 3, 3),
+                position_ids=torch.arange(3)[None],
+            )
         with pytest.raises(InvalidArgument, match="rows"):
-            model(_ids(3, rows=2), past_key_values=session.cache,
-                  position_ids=torch.arange(3)[None])
+            model(
+                _ids(3, rows=2), past_key_values=session.cache, position_ids=torch.arange(3)[None]
+            )
         # After all these refusals the session still works.
         assert session.forward(_ids(3)).shape[1] == 3
     with pytest.raises(InvalidArgument, match="closed"):
@@ -252,8 +262,13 @@ def test_stop_strings_streaming_and_sampling(tiny):
 
 @pytest.mark.parametrize(
     "option",
-    [{"num_beams": 2}, {"assistant_model": object()}, {"prompt_lookup_num_tokens": 2},
-     {"cache_implementation": "static"}, {"attention_mask": 1}],
+    [
+        {"num_beams": 2},
+        {"assistant_model": object()},
+        {"prompt_lookup_num_tokens": 2},
+        {"cache_implementation": "static"},
+        {"attention_mask": 1},
+    ],
     ids=lambda option: next(iter(option)),
 )
 def test_what_a_session_cannot_do_is_refused_by_name(tiny, option):
@@ -268,8 +283,10 @@ def test_chat_goes_on_as_chat_and_text_as_text(tiny):
     model, tokenizer = tiny("llama")
     memory = kv.capture(model, tokenizer, CHAT)
     whole = tokenizer.apply_chat_template(
-        [*CHAT, {"role": "user", "content": "How long?"}], add_generation_prompt=True,
-        return_tensors="pt", return_dict=False,
+        [*CHAT, {"role": "user", "content": "How long?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=False,
     )
     plain = model.generate(
         whole, attention_mask=torch.ones_like(whole), max_new_tokens=6, do_sample=False
@@ -303,8 +320,9 @@ def test_prompts_may_be_messages_or_ids(tiny):
     text = kv.generate(model, tokenizer, memory, "How long?", max_new_tokens=5)
     turn = [{"role": "user", "content": "How long?"}]
     assert kv.generate(model, tokenizer, memory, turn, max_new_tokens=5) == text
-    ids = tokenizer("<|im_start|>user\nHow long?<|im_end|>\n<|im_start|>assistant\n",
-                    add_special_tokens=False)["input_ids"]
+    ids = tokenizer(
+        "<|im_start|>user\nHow long?<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
+    )["input_ids"]
     assert kv.generate(model, tokenizer, memory, ids, max_new_tokens=5) == text
 
 
@@ -371,5 +389,5 @@ def test_estimate_is_of_the_right_order(tiny):
     model, tokenizer = tiny("llama")
     found = kv.estimate(model, tokenizer, TEXT * 4)
     memory = kv.capture(model, tokenizer, TEXT * 4)
-    kv_bytes = sum(l.keys.nbytes + l.values.nbytes for l in memory.layers.values())
+    kv_bytes = sum(one.keys.nbytes + one.values.nbytes for one in memory.layers.values())
     assert found.bytes == kv_bytes and found.tokens == len(memory.tokens) and found.seconds > 0

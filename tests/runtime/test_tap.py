@@ -43,8 +43,11 @@ def test_sites_before_rope_are_the_projections(tiny, family):
     module = inspect(model).attention[0]
     spec = inspect(model).spec.layers[0]
     seen = {}
-    names = {"qwen3": ("q_norm", "k_norm"), "llama": ("q_proj", "k_proj"),
-             "cohere2": ("q_proj", "k_proj")}.get(family)
+    names = {
+        "qwen3": ("q_norm", "k_norm"),
+        "llama": ("q_proj", "k_proj"),
+        "cohere2": ("q_proj", "k_proj"),
+    }.get(family)
     with kv.tap(model, ("queries_pre", "keys_pre", "keys"), [0]) as tap, torch.no_grad():
         if names:
             handles = [
@@ -60,11 +63,14 @@ def test_sites_before_rope_are_the_projections(tiny, family):
     if names:
         for handle in handles:
             handle.remove()
-        for site, name, heads in zip(("queries_pre", "keys_pre"), names,
-                                     (spec.query_heads, spec.kv_heads), strict=True):
+        for site, name, heads in zip(
+            ("queries_pre", "keys_pre"), names, (spec.query_heads, spec.kv_heads), strict=True
+        ):
             raw = seen[name].reshape(1, 15, heads, spec.key_dim).transpose(1, 2)
             torch.testing.assert_close(tap[site, 0], raw, atol=2e-5, rtol=0)
-            assert (tap[site, 0] - tap["keys", 0]).abs().max() > 1e-3 if site == "keys_pre" else True
+            assert (
+                (tap[site, 0] - tap["keys", 0]).abs().max() > 1e-3 if site == "keys_pre" else True
+            )
 
 
 def test_sites_in_a_session_know_positions(tiny):
@@ -108,7 +114,9 @@ def test_group_mass_and_bias(tiny):
         masses.append(tap["mass", 0][0])
     # Odds of the group grow by e^b, exactly.
     odds = [mass.double() / (1 - mass.double()) for mass in masses]
-    torch.testing.assert_close(odds[1] / odds[0], torch.full_like(odds[0], torch.e), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        odds[1] / odds[0], torch.full_like(odds[0], torch.e), atol=1e-3, rtol=0
+    )
 
 
 def test_hidden_states_equal_transformers_own(tiny):
@@ -135,7 +143,9 @@ def test_a_reading_tap_changes_nothing_and_holds_clones(tiny):
     assert first.any()
 
 
-@pytest.mark.parametrize("site", ["values", "queries", "keys", "output", "hidden", "pattern", "scores"])
+@pytest.mark.parametrize(
+    "site", ["values", "queries", "keys", "output", "hidden", "pattern", "scores"]
+)
 def test_replacing_with_the_same_keeps_logits_and_with_another_moves_them(tiny, site):
     model, _ = tiny("gemma3")
     ids = _ids(12)
