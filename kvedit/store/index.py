@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from kvedit.errors import CorruptMemory, InvalidArgument
+from kvedit.store.database import DamagedIndex, Database, transaction
 from kvedit.store.journal import Journal, Position
 from kvedit.store.layout import Layout
 from kvedit.store.pack import Pack
@@ -19,9 +17,9 @@ from kvedit.store.records import Entry, Record
 
 __all__ = ["Index"]
 
+Result = TypeVar("Result")
+
 _VERSION = 1
-_SYNCHRONOUS = {"full": "FULL", "process": "NORMAL", "none": "OFF"}
-_BUSY_SECONDS = 60.0
 
 _SCHEMA = (
     "CREATE TABLE applied (bytes INTEGER, sequence INTEGER, checksum TEXT)",
@@ -34,7 +32,6 @@ _SCHEMA = (
         model TEXT, sequence INTEGER, PRIMARY KEY (name, version)) WITHOUT ROWID""",
     "CREATE INDEX versions_record ON versions (record)",
     "CREATE INDEX versions_content ON versions (content)",
-    f"PRAGMA user_version = {_VERSION}",
 )
 _COLUMNS = (
     "name, version, record, content, created, message, tags, bytes, slots, tokens, layers, dtype,"
@@ -54,9 +51,7 @@ class Index:
     def __init__(self, layout: Layout, journal: Journal) -> None:
         self._layout = layout
         self._journal = journal
-        self._guard = threading.RLock()
-        self._connection: sqlite3.Connection | None = None
-        self._identity: tuple[int, int, int] | None = None
+        self._database = Database(layout, _VERSION)
 
     # Questions
 
@@ -80,7 +75,7 @@ class Index:
     def entries(self) -> list[Entry]:
         """Returns every name with its newest version."""
         rows = self._rows(
-            f"SELECT {_COLUMNS}, version AS _last, (SELECT COUNT(*) FROM versions AS w WHERE "
+            f"SELECT {_COLUMNS}, (SELECT COUNT(*) FROM versions AS w WHERE "
             "w.name = v.name) AS versions FROM versions AS v WHERE version = (SELECT MAX(version)"
             " FROM versions AS w WHERE w.name = v.name) ORDER BY name"
         )
@@ -125,41 +120,41 @@ class Index:
 
     def catch_up(self) -> Position:
         """Applies the log's new lines in one transaction; returns the end of the log."""
-        with self._session() as connection, _transaction(connection):
-            row = connection.execute("SELECT bytes, sequence, checksum FROM applied").fetchone()
-            position = start = Position(*row)
-            for event, position in self._journal.read(start):
-                self._apply(connection, event)
-            if position != start:
-                connection.execute(
-                    "UPDATE applied SET bytes = ?, sequence = ?, checksum = ?",
-                    (position.offset, position.sequence, position.checksum),
-                )
-            return position
+
+        def apply() -> Position:
+            with self._database.session() as connection, transaction(connection):
+                return self._apply_new(connection)
+
+        return self._mended(apply)
 
     def rebuild(self) -> None:
         """Makes the index again from the log."""
-        with self._guard:
-            self.close()
-            for suffix in ("", "-wal", "-shm"):
-                with suppress(FileNotFoundError):
-                    self._layout.index.with_name(self._layout.index.name + suffix).unlink()
-            with closing(self._connect()) as connection, _transaction(connection):
-                for statement in _SCHEMA:
-                    connection.execute(statement)
-            self.catch_up()
+
+        def fill(connection: sqlite3.Connection) -> None:
+            for statement in _SCHEMA:
+                connection.execute(statement)
+            self._apply_new(connection)
+
+        self._database.replace(fill)
 
     def close(self) -> None:
         """Closes the file; the next question opens it again."""
-        with self._guard:
-            connection, self._connection = self._connection, None
-            # A connection of the process that this one was forked from is not ours to close.
-            if connection is not None and self._identity and self._identity[0] == os.getpid():
-                connection.close()
-            elif connection is not None:
-                _FOREIGN.append(connection)
+        self._database.close()
 
     # Inside
+
+    def _apply_new(self, connection: sqlite3.Connection) -> Position:
+        row = connection.execute("SELECT bytes, sequence, checksum FROM applied").fetchone()
+        start = end = Position(*row)
+        for event, after in self._journal.read(start):
+            self._apply(connection, event)
+            end = after
+        if end != start:
+            connection.execute(
+                "UPDATE applied SET bytes = ?, sequence = ?, checksum = ?",
+                (end.offset, end.sequence, end.checksum),
+            )
+        return end
 
     def _apply(self, connection: sqlite3.Connection, event: dict[str, Any]) -> None:
         if event["event"] == "remove":
@@ -208,90 +203,34 @@ class Index:
     def _rows(self, query: str, *values: Any) -> Sequence[sqlite3.Row]:
         if not self._layout.exists():
             return []
-        with self._session() as connection:
-            return connection.execute(query, values).fetchall()
 
-    @contextmanager
-    def _session(self) -> Iterator[sqlite3.Connection]:
-        with self._guard:
-            try:
-                yield self._open()
-            except sqlite3.OperationalError:
-                raise  # locked, disk full: says so itself
-            except sqlite3.DatabaseError as error:
-                raise CorruptMemory(
-                    f"{self._layout.index} is damaged ({error}): Store.rebuild_index() makes it "
-                    "again from the log"
-                ) from error
+        def ask() -> Sequence[sqlite3.Row]:
+            with self._database.session() as connection:
+                return connection.execute(query, values).fetchall()
 
-    def _open(self) -> sqlite3.Connection:
-        # Another process may have made the index again: the file that is open is then a dead one.
-        if self._connection is None or self._identity != self._found():
-            self.close()
-            if not self._usable():
-                with self._layout.lock:
-                    if not self._usable():
-                        self.rebuild()
-            if self._connection is None:
-                self._connection = self._connect()
-            self._identity = self._found()
-        return self._connection
+        return self._mended(ask)
 
-    def _found(self) -> tuple[int, int, int] | None:
+    def _mended(self, action: Callable[[], Result]) -> Result:
+        """Returns what the action returns, with the index made again where it can't be read."""
         try:
-            status = self._layout.index.stat()
-        except FileNotFoundError:
-            return None
-        return (os.getpid(), status.st_dev, status.st_ino)
-
-    def _usable(self) -> bool:
-        if not self._layout.index.exists():
-            return False
-        try:
-            with closing(self._connect()) as connection:
-                version = connection.execute("PRAGMA user_version").fetchone()[0]
-                connection.execute("SELECT bytes, sequence, checksum FROM applied").fetchone()
-        except sqlite3.OperationalError as error:
-            if "no such" in str(error):
-                return False
-            raise
-        except sqlite3.DatabaseError:
-            return False
-        return bool(version == _VERSION)
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self._layout.index,
-            timeout=_BUSY_SECONDS,
-            isolation_level=None,
-            check_same_thread=False,
-        )
-        connection.row_factory = sqlite3.Row
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute(f"PRAGMA synchronous = {_SYNCHRONOUS[self._layout.durability]}")
-        except sqlite3.Error:
-            connection.close()
-            raise
-        return connection
-
-
-_FOREIGN: list[sqlite3.Connection] = []
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
+            return action()
+        except DamagedIndex:
+            # Under the lock nobody else is just making it.
+            with self._layout.lock:
+                try:
+                    return action()
+                except DamagedIndex:
+                    self.rebuild()
+                return action()
 
 
 def _plain(row: sqlite3.Row) -> dict[str, Any]:
     values = {name.strip(): row[name.strip()] for name in _COLUMNS.split(",")}
-    created = datetime.fromisoformat(values["created"])
-    return {**values, "created": created, "tags": tuple(json.loads(values["tags"]))}
+    try:
+        created, tags = datetime.fromisoformat(values["created"]), json.loads(values["tags"])
+        return {**values, "created": created, "tags": tuple(tags)}
+    except (ValueError, TypeError) as error:
+        raise CorruptMemory(
+            f"the index is damaged at {values['name']}: Store.rebuild_index() makes it again from "
+            "the log"
+        ) from error

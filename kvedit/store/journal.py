@@ -69,7 +69,7 @@ class Journal:
             data = rest
 
     def append(self, body: dict[str, Any], after: Position) -> Position:
-        """Writes one line behind ``after`` and returns the position behind it.
+        """Returns the position behind a line that it writes behind ``after``.
 
         The caller holds the lock and has read all lines up to ``after``; what lies behind it is
         an unfinished line and is cut off. On failure the log is as it was.
@@ -120,7 +120,7 @@ def _parse(line: bytes, since: Position) -> dict[str, Any] | None:
         whole = digest_bytes(canonical_json(event)) == checksum
         # Canonical bytes: one line has one spelling, so that no flipped byte is harmless.
         whole = whole and canonical_json({**event, "checksum": checksum}) == line
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     expected = (since.sequence + 1, since.checksum)
     if not whole or (event.get("sequence"), event.get("previous")) != expected:

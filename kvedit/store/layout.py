@@ -51,8 +51,15 @@ class Layout:
         self.manifests = self.root / "manifests"
         self.log = self.root / "log.jsonl"
         self.index = self.root / "index.sqlite"
-        self.lock = FileLock(self.root / "lock", poll_interval=0.005)
+        self._lock: tuple[int, FileLock] | None = None
         self._check()
+
+    @property
+    def lock(self) -> FileLock:
+        """The lock of writers, of threads and processes alike; a thread may take it twice."""
+        if self._lock is None or self._lock[0] != os.getpid():  # a lock does not outlive a fork
+            self._lock = (os.getpid(), FileLock(self.root / "lock", poll_interval=0.005))
+        return self._lock[1]
 
     def pack(self, digest: str) -> Path:
         """Returns the file of a pack."""
@@ -62,12 +69,21 @@ class Layout:
         """Returns the file of a manifest."""
         return self.manifests / f"{_safe(record)}.json"
 
+    def pack_size(self, digest: str) -> int:
+        """Returns the bytes of a pack's file, -1 if there is none."""
+        try:
+            return self.pack(digest).stat().st_size
+        except FileNotFoundError:
+            return -1
+
     def exists(self) -> bool:
         """Returns whether the store was written to before."""
         return self.marker.exists()
 
     def create(self) -> None:
         """Makes folder, marker and log where they are missing."""
+        if all(p.exists() for p in (self.marker, self.packs, self.manifests, self.log)):
+            return
         self.root.mkdir(parents=True, exist_ok=True)
         with self.lock:
             if not self.exists():
@@ -85,7 +101,7 @@ class Layout:
         self.log.touch()
 
     def publish(self, path: Path, chunks: Iterable[bytes | memoryview]) -> int:
-        """Writes a file under a temporary name, syncs it and renames it; returns its size.
+        """Returns the size of a file that it writes: temporary name, sync, rename, sync folder.
 
         On failure the temporary file is removed, and so is a file that was not there before.
         """
@@ -136,7 +152,7 @@ class Layout:
 
     def try_lock(self) -> bool:
         """Returns whether the lock was free; it is held then."""
-        with suppress(Timeout, PermissionError):
+        with suppress(Timeout, OSError):  # also where the folder can only be read
             self.lock.acquire(timeout=0)
             return True
         return False
@@ -156,7 +172,7 @@ class Layout:
         try:
             found = json.loads(self.marker.read_bytes())
             name, version = found["format"], found["version"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, LookupError) as error:
             raise CorruptMemory(f"{self.marker} is damaged: it should hold {_FORMAT}") from error
         if (name, version) != tuple(_FORMAT.values()):
             raise InvalidArgument(

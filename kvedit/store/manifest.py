@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvedit.errors import CorruptMemory, InvalidArgument
-from kvedit.memory import KVMemory, Lineage, LineageNode
+from kvedit.errors import CorruptMemory, InvalidArgument, UnknownName
+from kvedit.memory import KVMemory, Lineage, LineageNode, ModelSpec
 from kvedit.memory.blocks import BLOCK_SLOTS, Block, content_document
 from kvedit.memory.blocks import FORMAT as CONTENT_FORMAT
 from kvedit.memory.digest import canonical_json, digest_bytes
@@ -50,6 +51,11 @@ class BlockRef:
     digest: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensor."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -102,24 +108,42 @@ class Manifest:
         record: record digest: BLAKE3 of the whole.
         content: content digest: BLAKE3 of the content document.
         document: the content document.
+        model: facts of the model that made the memory.
         parts: ``(layer, kind)`` to the tensor's blocks.
         lineage: the steps that made the memory.
         codec: how blocks are stored.
-        model_name: what the model was loaded as.
     """
 
     record: str
     content: str
     document: Mapping[str, Any]
+    model: ModelSpec
     parts: Mapping[tuple[int, str], Part]
     lineage: Lineage
     codec: str
-    model_name: str
 
     @property
     def layers(self) -> list[int]:
         """Layers that the memory has."""
         return sorted({layer for layer, _ in self.parts if layer >= 0})
+
+    def choose(self, layers: Iterable[int] | None) -> list[int]:
+        """Returns ``layers`` with negative numbers counted from the end; None means all.
+
+        Raises:
+            UnknownName: if the memory lacks one of them.
+            InvalidArgument: if there is none.
+        """
+        if layers is None:
+            return self.layers
+        total = len(self.model.layers)
+        wanted = [index + total if index < 0 else index for index in layers]
+        if not wanted:
+            raise InvalidArgument("layers is empty: name at least one, or None for all")
+        for index in wanted:
+            if index not in self.layers:
+                raise UnknownName("layer", str(index), map(str, self.layers))
+        return wanted
 
     @classmethod
     def read(cls, path: Path, record: str) -> tuple[Manifest, int]:
@@ -139,7 +163,7 @@ class Manifest:
             return cls._parse(json.loads(data), record), len(data)
         except InvalidArgument as error:
             raise InvalidArgument(f"{path}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise CorruptMemory(f"{path} does not describe a memory: {error!r}") from error
 
     @classmethod
@@ -148,22 +172,25 @@ class Manifest:
         versions = (data["format"], data["codec"], document["format"], document["block_slots"])
         known = (FORMAT, CODEC, CONTENT_FORMAT, BLOCK_SLOTS)
         if versions != known:
-            raise InvalidArgument(
-                f"has {versions}, this kvedit reads {known}: use a newer kvedit"
-            )
+            raise InvalidArgument(f"has {versions}, this kvedit reads {known}: use a newer kvedit")
+        facts = (document["next_position"], document["rules"], document["source"])
+        if tuple(map(type, facts[:2])) != (int, list) or not isinstance(facts[2], dict | None):
+            raise ValueError("next_position, rules or source are not what they should be")
         return cls(
             record=record,
             content=digest_bytes(canonical_json(document)),
             document=document,
+            model=ModelSpec.from_json({**document["model"], "name": str(data["model_name"])}),
             parts=_parts(document, data["blocks"]),
             lineage=Lineage(tuple(LineageNode.from_json(node) for node in data["lineage"])),
             codec=data["codec"],
-            model_name=str(data["model_name"]),
         )
 
 
-def encode_manifest(memory: KVMemory, cut: list[Block]) -> bytes:
-    """Returns the canonical bytes of a memory's manifest; their BLAKE3 is the record digest.
+def encode_manifest(memory: KVMemory, cut: list[Block]) -> tuple[bytes, str]:
+    """Returns the canonical bytes of a memory's manifest, and the memory's content digest.
+
+    The BLAKE3 of the bytes is the record digest.
 
     Args:
         memory: the memory.
@@ -172,16 +199,16 @@ def encode_manifest(memory: KVMemory, cut: list[Block]) -> bytes:
     table = {
         block.digest: [dtype_name(block.tensor.dtype), list(block.tensor.shape)] for block in cut
     }
-    return canonical_json(
-        {
-            "format": FORMAT,
-            "codec": CODEC,
-            "content": content_document(memory, cut),
-            "blocks": table,
-            "lineage": [node.to_json() for node in memory.lineage.nodes],
-            "model_name": memory.model.name,
-        }
-    )
+    content = content_document(memory, cut)
+    manifest = {
+        "format": FORMAT,
+        "codec": CODEC,
+        "content": content,
+        "blocks": table,
+        "lineage": [node.to_json() for node in memory.lineage.nodes],
+        "model_name": memory.model.name,
+    }
+    return canonical_json(manifest), digest_bytes(canonical_json(content))
 
 
 def _parts(document: dict[str, Any], table: dict[str, Any]) -> dict[tuple[int, str], Part]:

@@ -95,7 +95,7 @@ class Pack:
             _refuse(path, "is missing")
         try:
             entries = _entries(json.loads(header), 8 + length, size)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise CorruptMemory(f"{path}: cut off, extended or damaged: {error}") from error
         if pack_digest(entries) != path.stem:
             _refuse(path, "holds the blocks of another pack")
@@ -154,9 +154,11 @@ def _entries(header: dict[str, Any], start: int, size: int) -> dict[str, PackEnt
     end = start
     for digest, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = _NAMES[facts["dtype"]], tuple(facts["shape"])
+        numbers = (*shape, *facts["data_offsets"])
         first, last = (start + offset for offset in facts["data_offsets"])
         count = math.prod(shape) * DTYPES[dtype].itemsize
-        if not is_digest(digest) or first != end or last - first != count or min(shape) < 0:
+        plain = is_digest(digest) and all(type(n) is int and n >= 0 for n in numbers)
+        if not plain or first != end or last - first != count:
             raise ValueError(f"block {digest} has no place in it")
         found[digest] = PackEntry(dtype, shape, first, count)
         end = last

@@ -13,7 +13,7 @@ import torch
 from blake3 import blake3
 
 from kvedit.errors import CorruptMemory, KVEditError
-from kvedit.memory import KVMemory, LayerKV, ModelSpec, Source
+from kvedit.memory import KVMemory, LayerKV, Source
 from kvedit.memory.digest import tensor_bytes
 from kvedit.store.manifest import BlockRef, Manifest, Part
 from kvedit.store.pack import DTYPES, Pack, PackEntry, digest_head
@@ -33,7 +33,7 @@ class _Piece:
 
 
 def read_memory(
-    manifest: Manifest, layers: Iterable[int], packs: Mapping[str, Path], verify: bool
+    manifest: Manifest, parts: Sequence[Part], packs: Mapping[str, Path], verify: bool
 ) -> KVMemory:
     """Returns the memory of a manifest.
 
@@ -42,15 +42,13 @@ def read_memory(
 
     Args:
         manifest: what to read.
-        layers: the layers to read.
+        parts: those of its tensors that are wanted.
         packs: block digest to the file that holds it.
         verify: whether to check digests.
 
     Raises:
         CorruptMemory: if a block is missing or is not what was put; no tensor is returned then.
     """
-    wanted = {-1, *layers}
-    parts = [part for part in manifest.parts.values() if part.layer in wanted]
     places = _find(parts, packs)
     tensors: dict[tuple[int, str], torch.Tensor] = {}
     work: dict[Path, list[_Piece]] = defaultdict(list)
@@ -64,7 +62,7 @@ def read_memory(
         _fill(path, pieces, verify)
     try:
         return _assemble(manifest, tensors, verify)
-    except (KVEditError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KVEditError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CorruptMemory(
             f"the manifest {manifest.record} does not describe a memory: {error}"
         ) from error
@@ -100,8 +98,11 @@ def _rows(part: Part, tensor: torch.Tensor) -> list[list[memoryview]]:
     placed, start = [], 0
     for block in part.blocks:
         size = step * block.shape[part.axis]
-        placed.append([data[at : at + size] for at in range(start, start + outer * stride, stride)]
-                      if stride else [])
+        placed.append(
+            [data[at : at + size] for at in range(start, start + outer * stride, stride)]
+            if stride
+            else []
+        )
         start += size
     return placed
 
@@ -167,7 +168,7 @@ def _assemble(
     words = layers.pop(-1, None)
     return KVMemory(
         layers={index: LayerKV(**kinds) for index, kinds in layers.items()},
-        model=ModelSpec.from_json({**document["model"], "name": manifest.model_name}),
+        model=manifest.model,
         next_position=document["next_position"],
         source=Source.from_json(document["source"], **words) if words else None,
         lineage=manifest.lineage,
