@@ -11,7 +11,7 @@ import torch
 from einops import rearrange, repeat
 from torch.nn.functional import pad
 
-from kvedit.models.route import AttentionCall, Output, without_bias
+from kvedit.models.attention_call import AttentionCall, Output, without_bias
 
 __all__ = ["EVICTED", "extend", "run_extended"]
 

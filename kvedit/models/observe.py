@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvedit.errors import UnsupportedModel
-from kvedit.models.route import AttentionCall, MaskRule, Output, observing, routed
+from kvedit.models.attention_call import AttentionCall, MaskRule, Output
+from kvedit.models.route import observing, routed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

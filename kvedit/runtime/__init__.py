@@ -1,9 +1,10 @@
 """Runtime: capture, attach, generate, score, tap. Everything that runs a model."""
 
+from kvedit.runtime.attaching import attach
 from kvedit.runtime.capturing import Estimate, capture, estimate
 from kvedit.runtime.oneshot import Score, generate, score
 from kvedit.runtime.reading import ModelReader
-from kvedit.runtime.session import Reply, Session, attach
+from kvedit.runtime.session import Reply, Session
 from kvedit.runtime.tapping import SITES, Tap, tap
 
 __all__ = [

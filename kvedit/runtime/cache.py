@@ -8,7 +8,6 @@ bias. All of that lives here and not on the model, so sessions on one model don'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,10 @@ from transformers.cache_utils import Cache
 
 from kvedit.errors import ContextTooLong, InvalidArgument, UnsupportedModel
 from kvedit.memory import KVMemory, ModelSpec
-from kvedit.models.route import MARK, AttentionCall, MaskRule
+from kvedit.models.attention_call import AttentionCall, MaskRule
+from kvedit.models.route import MARK
+from kvedit.runtime.finish import finish
+from kvedit.runtime.limits import check_switch
 from kvedit.runtime.slots import LayerSlots
 
 __all__ = ["MemoryCache"]
@@ -154,7 +156,7 @@ class MemoryCache(Cache):
             )
         mask, causal = self._mask(call.layer, slots, call.mask, call.query.shape[2])
         bias = slots.bias_at(call.query)
-        return _finish(call, mask, causal, bias)
+        return finish(call, mask, causal, bias)
 
     def end(self) -> None:
         """Ends the forward pass that :meth:`begin` announced.
@@ -275,34 +277,6 @@ class MemoryCache(Cache):
         return int(self.layers[layer_idx].get_seq_length())
 
 
-def check_switch(spec: ModelSpec, start: int, stop: int) -> None:
-    """Raises if tokens up to position ``stop`` would meet keys that older frequencies rotated.
-
-    Args:
-        spec: the model's facts.
-        start: position of the first new token; 0 if there are no keys yet.
-        stop: one past the last position.
-
-    Raises:
-        ContextTooLong: names the RoPE type and the position.
-    """
-    for layer in spec.layers:
-        rope = layer.rope
-        if rope is None or rope.switch is None or stop <= rope.switch:
-            continue
-        if rope.kind == "dynamic":
-            raise ContextTooLong(
-                f"dynamic NTK RoPE changes its frequencies with every length past {rope.switch}, "
-                f"so keys of a context of {stop} positions can't be kept"
-            )
-        if 0 < start <= rope.switch:
-            raise ContextTooLong(
-                f"{rope.kind} RoPE changes its frequencies at position {rope.switch}: the "
-                f"{start} positions so far were rotated by the short ones, {stop} need the long "
-                "ones; capture the whole context in one chunk past that length"
-            )
-
-
 def _group_layouts(layers: list[LayerSlots]) -> list[int]:
     # Layers with equal memory slots share one mask per forward pass.
     seen: list[LayerSlots] = []
@@ -323,51 +297,3 @@ def _same_layout(a: LayerSlots, b: LayerSlots) -> bool:
         a.valid is None or b.valid is None or torch.equal(a.valid, b.valid)
     )
     return same_validity and torch.equal(a.positions, b.positions)
-
-
-def _finish(
-    call: AttentionCall, mask: torch.Tensor | None, causal: bool, bias: torch.Tensor | None
-) -> AttentionCall:
-    if call.backend.startswith("fa"):
-        if mask is not None:
-            raise UnsupportedModel(
-                "FlashAttention takes no mask: padding, several chunks of new tokens over a memory "
-                "with gaps, and windows need attn='sdpa' or 'eager'"
-            )
-        return replace(call, mask=None, bias=None if bias is None else bias[:, :, None, :])
-    if bias is not None:
-        additive = bias[:, :, None, :]
-        if causal:
-            size = call.query.shape[2]
-            mask = torch.ones(size, size, dtype=torch.bool, device=call.query.device).tril()
-            mask = mask[None, None]
-        if mask is not None:
-            additive = additive.masked_fill(~mask, -torch.inf)
-        mask, causal = additive, False
-    if mask is not None and call.backend != "sdpa" and mask.dtype == torch.bool:
-        mask = _additive(mask, call.query.dtype)
-    if call.backend == "eager" and mask is None and causal:
-        size = call.query.shape[2]
-        square = torch.ones(size, size, dtype=torch.bool, device=call.query.device).tril()
-        mask = _additive(square[None, None], call.query.dtype)
-    if call.backend == "flex":
-        return _for_flex(call, mask, causal)
-    return replace(call, mask=mask, causal=causal)
-
-
-def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    zero = torch.zeros((), dtype=dtype, device=mask.device)
-    return torch.where(mask, zero, torch.full_like(zero, -torch.inf))
-
-
-def _for_flex(call: AttentionCall, mask: torch.Tensor | None, causal: bool) -> AttentionCall:
-    # flex indexes its mask by head 0 only; its position_bias takes every head, fully shaped.
-    batch, heads, queries, _ = call.query.shape
-    slots = call.key.shape[2]
-    if mask is None and causal:
-        square = torch.ones(queries, slots, dtype=torch.bool, device=call.query.device).tril()
-        mask = _additive(square[None, None], call.query.dtype)
-    options = dict(call.options)
-    if mask is not None:
-        options["position_bias"] = mask.expand(batch, heads, queries, slots).contiguous()
-    return replace(call, mask=None, causal=False, options=options)

@@ -14,8 +14,9 @@ from kvedit.memory import KVMemory, LayerKV, LayerSpec, Lineage, LineageNode, So
 from kvedit.memory.digest import canonical_json, digest_tensor
 from kvedit.memory.lineage import environment
 from kvedit.models.inspection import Inspection, inspect
+from kvedit.runtime.attaching import open_session
 from kvedit.runtime.grown import row_layers
-from kvedit.runtime.session import Session, open_session
+from kvedit.runtime.session import Session
 from kvedit.runtime.text import Context, encode, is_messages
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange, repeat
 
-from kvedit.models.route import AttentionCall, MaskRule
+from kvedit.models.attention_call import AttentionCall, MaskRule
 
 __all__ = ["Weights", "attention_scores", "attention_weights", "weighted_values"]
 

@@ -10,7 +10,8 @@ import torch
 
 from kvedit.errors import InvalidArgument
 from kvedit.memory import KVMemory
-from kvedit.runtime.session import Reply, Session, attach
+from kvedit.runtime.attaching import attach
+from kvedit.runtime.session import Reply, Session
 from kvedit.runtime.text import Context, encode_turn
 
 if TYPE_CHECKING:

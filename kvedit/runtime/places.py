@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvedit.errors import UnsupportedModel
-from kvedit.models.route import MARK, AttentionCall
+from kvedit.models.attention_call import AttentionCall
+from kvedit.models.route import MARK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

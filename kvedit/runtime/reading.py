@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvedit.memory import KVMemory
-from kvedit.runtime.session import attach
+from kvedit.runtime.attaching import attach
 from kvedit.runtime.tapping import tap
 
 if TYPE_CHECKING:

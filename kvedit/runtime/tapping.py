@@ -12,9 +12,10 @@ from einops import rearrange
 
 from kvedit.errors import InvalidArgument, ShapeMismatch, UnknownName
 from kvedit.memory import Span
+from kvedit.models.attention_call import AttentionCall, Output
 from kvedit.models.inspection import Inspection, inspect
 from kvedit.models.rope import unrotate
-from kvedit.models.route import MARK, AttentionCall, Output, observing, routed
+from kvedit.models.route import MARK, observing, routed
 from kvedit.runtime.explicit import attention_scores, attention_weights, weighted_values
 from kvedit.runtime.places import Places, hidden_hooks
 
@@ -111,7 +112,7 @@ class Tap:
         return tensor
 
     def around(self, call: AttentionCall, run: Callable[[AttentionCall], Output]) -> Output:
-        """Looks at one attention call; see :class:`~kvedit.models.route.Observer`."""
+        """Looks at one attention call; see :class:`~kvedit.models.attention_call.Observer`."""
         layer = self._modules.get(id(call.module))
         if layer is None:
             return run(call)

@@ -10,8 +10,8 @@ from einops import rearrange, repeat
 
 import kvedit as kv
 from kvedit.editors import Drop, Emphasize, Suppress
+from kvedit.models.attention_call import AttentionCall
 from kvedit.models.extension import EVICTED, extend
-from kvedit.models.route import AttentionCall
 from kvedit.testing.oracle import closed_form_bias
 
 TEXT = "Our refund window is 60 days. Please keep the receipt."
@@ -178,7 +178,7 @@ def test_flash_attention_with_bias_equals_sdpa():
 def test_flash_attention_refuses_what_it_cannot_mask(tiny):
     from dataclasses import replace
 
-    from kvedit.runtime.cache import _finish
+    from kvedit.runtime.finish import finish
 
     call = AttentionCall(
         torch.nn.Identity(),
@@ -191,6 +191,6 @@ def test_flash_attention_refuses_what_it_cannot_mask(tiny):
         None,
     )
     mask = torch.ones(1, 1, 2, 5, dtype=torch.bool)
-    assert _finish(call, mask, False, None).mask is mask
+    assert finish(call, mask, False, None).mask is mask
     with pytest.raises(kv.errors.UnsupportedModel, match="FlashAttention takes no mask"):
-        _finish(replace(call, backend="fa2"), mask, False, None)
+        finish(replace(call, backend="fa2"), mask, False, None)
