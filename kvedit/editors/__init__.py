@@ -23,7 +23,7 @@ REGISTRY = Registry(
 _CLASSES = {target.split(":")[1]: target.split(":")[0] for target in REGISTRY.targets.values()}
 _BASE = ("Editor", "Reader")
 
-__all__ = ["REGISTRY", "build", *_BASE, *sorted(_CLASSES)]  # noqa: PLE0604
+__all__ = ["REGISTRY", "build", *_BASE, *sorted(_CLASSES)]
 
 
 def build(editor: str, **parameters: Any) -> Any:

@@ -78,9 +78,7 @@ class Editor(ABC):
 
     def parameters(self) -> dict[str, Any]:
         """Returns the configuration as plain data: a replay can build the editor from it."""
-        return {
-            field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
-        }
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     def _node(self, memories: tuple[KVMemory, ...]) -> LineageNode:
         # A memory without history is named by what is in it.
@@ -97,7 +95,7 @@ class Editor(ABC):
 
 
 def registered_name(editor: type[Editor]) -> str:
-    """Returns the name by which configs and the registry know an editor: its class in snake case."""
+    """Returns the name of an editor in configs and the registry: its class in snake case."""
     name = editor.__name__
     return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))
 

@@ -9,6 +9,7 @@ from typing import Any
 from kvedit.editors.base import Editor, Reader
 from kvedit.errors import InvalidArgument
 from kvedit.memory import KVMemory
+from kvedit.memory.lineage import Reproducibility
 
 __all__ = ["Chain"]
 
@@ -30,19 +31,17 @@ class Chain(Editor):
 
     def __post_init__(self) -> None:
         """Builds editors from mappings."""
-        from kvedit.editors import build
-
-        given: Iterable[Any] = self.editors
-        built = tuple(build(**part) if isinstance(part, Mapping) else part for part in given)
-        for part in built:
-            if not isinstance(part, Editor):
-                raise InvalidArgument(f"a chain holds editors, found {type(part).__name__}")
-        object.__setattr__(self, "editors", built)
+        given: Any = self.editors
+        if not isinstance(given, Iterable):
+            raise InvalidArgument(f"a chain holds a list of editors, found {given!r}")
+        object.__setattr__(self, "editors", tuple(map(_built, given)))
 
     @property
-    def reads(self) -> bool:
-        """Whether any part needs a reader."""
-        return any(part.reproducibility == "reader" for part in self.editors)
+    def reproducibility(self) -> Reproducibility:  # type: ignore[override]
+        """What a replay of the weakest part can promise."""
+        order: list[Reproducibility] = ["pure", "reader", "trained"]
+        kinds = [part.reproducibility for part in self.editors]
+        return max(kinds, key=order.index, default="pure")
 
     def edit(self, *memories: KVMemory, reader: Reader | None = None) -> KVMemory:
         """Returns what the last editor makes."""
@@ -52,3 +51,15 @@ class Chain(Editor):
                 raise InvalidArgument(f"{type(part).__name__} reads with the model: pass reader=")
             memory = part.edit(memory, reader=reader)
         return memory
+
+
+def _built(part: Any) -> Editor:
+    from kvedit.editors import build
+
+    if isinstance(part, Mapping):
+        if "editor" not in part:
+            raise InvalidArgument(f"a part of a chain names its editor, found {dict(part)!r}")
+        part = build(**part)
+    if not isinstance(part, Editor):
+        raise InvalidArgument(f"a chain holds editors, found {type(part).__name__}")
+    return part

@@ -67,10 +67,10 @@ class Emphasize(Editor):
 
     def edit(self, *memories: KVMemory, reader: Reader | None = None) -> KVMemory:
         """Returns the memory with bias added."""
-        assert self.strength is not None
+        strength = self.strength or 0.0
         if self.reference == "rest_of_memory":
-            return _biased(memories[0], self, -self.strength, inside=False)
-        return _biased(memories[0], self, self.strength, inside=True)
+            return _biased(memories[0], self, -strength, inside=False)
+        return _biased(memories[0], self, strength, inside=True)
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,7 @@ class Suppress(Editor):
 
     def edit(self, *memories: KVMemory, reader: Reader | None = None) -> KVMemory:
         """Returns the memory with bias taken off."""
-        assert self.strength is not None
-        return _biased(memories[0], self, -self.strength, inside=True)
+        return _biased(memories[0], self, -(self.strength or 0.0), inside=True)
 
     def parameters(self) -> dict[str, Any]:
         """Returns the configuration; JSON has no infinity, so it is spelled out."""
@@ -128,17 +127,28 @@ def _freeze(editor: Emphasize | Suppress) -> None:
 def _strength(strength: float | str | None, alpha: float | None, infinite: bool = False) -> float:
     if (strength is None) == (alpha is None):
         raise InvalidArgument(
-            f"give strength (nats) or alpha (PASTA's factor), one of them; found {strength}, {alpha}"
+            "expected one of strength (nats) and alpha (PASTA's factor), found "
+            f"strength={strength}, alpha={alpha}"
         )
     if alpha is not None:
-        if not 0 < alpha <= 1:
+        factor = _number("alpha", alpha)
+        if not 0 < factor <= 1:
             raise InvalidArgument(f"alpha must lie in (0, 1], found {alpha}")
-        return -math.log(alpha)
-    value = float(strength)  # type: ignore[arg-type]
+        return -math.log(factor) + 0.0
+    value = _number("strength", strength)
     if math.isnan(value) or value < 0 or (math.isinf(value) and not infinite):
         limit = "0 or above, inf allowed" if infinite else "finite and 0 or above"
         raise InvalidArgument(f"strength must be {limit}, in nats; found {strength}")
     return value
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return float(value) + 0.0  # -0.0 would be equal and be written differently
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"{name}: expected a number, found {value!r}") from error
 
 
 def _biased(

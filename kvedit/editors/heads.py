@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from kvedit.errors import InvalidArgument
-from kvedit.memory import KVMemory, LayerSpec
+from kvedit.memory import KVMemory
 
 __all__ = ["as_indices", "head_mask"]
 
@@ -20,9 +20,11 @@ def as_indices(name: str, values: Iterable[int] | None) -> tuple[int, ...] | Non
     """
     if values is None:
         return None
-    found = tuple(values) if not isinstance(values, str | int) else ()
-    if not found or not all(isinstance(value, int) for value in found):
-        raise InvalidArgument(f"{name}: expected a list of numbers, or None for all, found {values!r}")
+    found = tuple(values) if isinstance(values, Iterable) else ()
+    if not found or not all(type(value) is int for value in found):
+        raise InvalidArgument(
+            f"{name}: expected a list of numbers, or None for all, found {values!r}"
+        )
     return found
 
 
@@ -64,8 +66,3 @@ def _within(kind: str, head: int, total: int, layer: int) -> int:
     if not 0 <= found < total:
         raise InvalidArgument(f"layer {layer} has {total} {kind}s, found {kind} {head}")
     return found
-
-
-def whole_layer(spec: LayerSpec, chosen: torch.Tensor) -> bool:
-    """Whether ``chosen`` ``[query_head]`` is all heads of the layer."""
-    return bool(chosen.all()) and len(chosen) == spec.query_heads

@@ -112,4 +112,6 @@ def _evicted(
 ) -> LayerKV:
     chosen = head_mask(memory, index, editor.heads, editor.kv_heads).to(gone.device)
     touched = chosen[:, None] & gone[None, :]
-    return layer.add_bias(torch.zeros(touched.shape, device=gone.device).masked_fill(touched, -math.inf))
+    return layer.add_bias(
+        torch.zeros(touched.shape, device=gone.device).masked_fill(touched, -math.inf)
+    )

@@ -26,7 +26,8 @@ class Shift(Editor):
     Raises:
         UnsupportedModel: for learned absolute positions, which are in every layer's keys and
             values and can't be moved.
-        InvalidArgument: if a position would become negative.
+        InvalidArgument: if a position would become negative, or a model with chunked attention
+            would see its slots in other chunks.
         ContextTooLong: if positions would pass the model's limit, or the place where its RoPE
             changes its frequencies.
     """
@@ -57,10 +58,11 @@ class Shift(Editor):
         spec = memory.model
         if spec.positions != "rope":
             raise UnsupportedModel(
-                f"{spec.name} has {spec.positions} absolute positions: they are mixed into keys and "
-                "values and can't be moved"
+                f"{spec.name} has {spec.positions} absolute positions: they are mixed into keys "
+                "and values and can't be moved"
             )
-        lowest = min(int(l.positions.min()) for l in memory.layers.values() if l.slots)
+        filled = [layer for layer in memory.layers.values() if layer.slots]
+        lowest = min((int(layer.positions.min()) for layer in filled), default=0)
         end = memory.next_position + self.offset
         if lowest + self.offset < 0:
             raise InvalidArgument(f"offset {self.offset} would move position {lowest} below 0")
@@ -69,6 +71,11 @@ class Shift(Editor):
                 f"{spec.name} has {spec.max_position} positions; the memory would end at {end}"
             )
         for layer in spec.layers:
+            if layer.kind == "chunked" and layer.window and self.offset % layer.window:
+                raise InvalidArgument(
+                    f"{spec.name} attends in chunks of {layer.window} positions: a memory moves by "
+                    f"whole chunks, found offset {self.offset}"
+                )
             switch = layer.rope.switch if layer.rope else None
             if switch is not None and (memory.next_position > switch) != (end > switch):
                 raise ContextTooLong(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -27,6 +28,7 @@ class Comparison:
         bias: ``[layer, query_head]`` largest difference of bias; inf where one evicts a slot.
         only_a: slots that only a has, per layer.
         only_b: slots that only b has, per layer.
+        moved: slots that both have, at different positions, per layer.
     """
 
     layers: tuple[int, ...]
@@ -37,23 +39,24 @@ class Comparison:
     bias: torch.Tensor
     only_a: tuple[int, ...]
     only_b: tuple[int, ...]
+    moved: tuple[int, ...]
 
     @property
     def identical(self) -> bool:
-        """Whether nothing differs."""
+        """Whether no slot differs: keys, values, positions, bias. Tokens and rules don't count."""
         distances = (self.keys, self.values, self.bias)
-        return not any(map(sum, (self.only_a, self.only_b))) and not any(
-            bool(distance.any()) for distance in distances
-        )
+        counts = (*self.only_a, *self.only_b, *self.moved)
+        return not any(counts) and not any(bool(distance.any()) for distance in distances)
 
     def __repr__(self) -> str:
         """One line per layer that differs."""
-        lines = ["layer  keys  values  bias  only in a  only in b"]
+        lines = ["layer  keys  values  bias  only in a  only in b  moved"]
         for row, layer in enumerate(self.layers):
             worst = [float(part[row].max()) for part in (self.keys, self.values, self.bias)]
-            if any(worst) or self.only_a[row] or self.only_b[row]:
+            counts = (self.only_a[row], self.only_b[row], self.moved[row])
+            if any(worst) or any(counts):
                 numbers = "  ".join(f"{value:.3g}" for value in worst)
-                lines.append(f"{layer}  {numbers}  {self.only_a[row]}  {self.only_b[row]}")
+                lines.append(f"{layer}  {numbers}  {'  '.join(map(str, counts))}")
         return "\n".join(lines) if len(lines) > 1 else "Comparison: no difference"
 
 
@@ -63,25 +66,33 @@ def compare(a: KVMemory, b: KVMemory) -> Comparison:
     Slots are matched by the token that made them; slots without a token by their order.
 
     Raises:
-        IncompatibleModel: if the two come from models of different shape.
+        IncompatibleModel: if the two come from models of different shape, or share no layer.
     """
     layers = tuple(index for index in a.layers if index in b.layers)
     shapes = [
         [(spec.query_heads, spec.kv_heads, spec.key_dim, spec.value_dim) for spec in m.model.layers]
         for m in (a, b)
     ]
-    if shapes[0] != shapes[1] or not layers:
+    if not layers:
+        raise IncompatibleModel(
+            f"the memories have no layer in common: {list(a.layers)} and {list(b.layers)}"
+        )
+    if shapes[0] != shapes[1]:
         raise IncompatibleModel(
             f"can't compare memories of {a.model.name} and {b.model.name}: layers, heads or dims "
             "differ"
         )
     rows = [_layer_row(a.layers[i], b.layers[i], a.model.layers[i].query_heads) for i in layers]
-    columns = list(zip(*rows, strict=True))
-    stacked = [torch.stack(column) for column in columns[:5]]
-    return Comparison(layers, *stacked, tuple(columns[5]), tuple(columns[6]))
+    distances: dict[str, Any] = {
+        name: torch.stack([row[name] for row, _ in rows]) for name in rows[0][0]
+    }
+    counts: dict[str, Any] = {name: tuple(row[name] for _, row in rows) for name in rows[0][1]}
+    return Comparison(layers, **distances, **counts)
 
 
-def _layer_row(a: LayerKV, b: LayerKV, query_heads: int) -> tuple[object, ...]:
+def _layer_row(
+    a: LayerKV, b: LayerKV, query_heads: int
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     in_a, in_b = _align(a, b)
     keys = [layer.keys[:, index].float().cpu() for layer, index in ((a, in_a), (b, in_b))]
     values = [layer.values[:, index].float().cpu() for layer, index in ((a, in_a), (b, in_b))]
@@ -92,13 +103,20 @@ def _layer_row(a: LayerKV, b: LayerKV, query_heads: int) -> tuple[object, ...]:
     # Slots that both evict differ by inf - inf; they are equal.
     gap = torch.where(bias[0] == bias[1], torch.zeros(()), (bias[0] - bias[1]).abs())
     worst = gap.amax(dim=1) if gap.shape[1] else torch.zeros(query_heads)
-    return (
-        *(_distance(*pair) for pair in (keys, values)),
-        *(_cosine(*pair) for pair in (keys, values)),
-        worst,
-        a.slots - len(in_a),
-        b.slots - len(in_b),
-    )
+    positions = [layer.positions.cpu()[index] for layer, index in ((a, in_a), (b, in_b))]
+    distances = {
+        "keys": _distance(*keys),
+        "values": _distance(*values),
+        "keys_cosine": _cosine(*keys),
+        "values_cosine": _cosine(*values),
+        "bias": worst,
+    }
+    counts = {
+        "only_a": a.slots - len(in_a),
+        "only_b": b.slots - len(in_b),
+        "moved": int((positions[0] != positions[1]).sum()),
+    }
+    return distances, counts
 
 
 def _align(a: LayerKV, b: LayerKV) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +139,9 @@ def _slot_keys(layer: LayerKV) -> list[tuple[int, int]]:
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     flat_a, flat_b = (rearrange(x, "head slot dim -> head (slot dim)") for x in (a, b))
-    return (flat_a - flat_b).norm(dim=1) / flat_a.norm(dim=1).clamp_min(1e-30)
+    difference: torch.Tensor = (flat_a - flat_b).norm(dim=1)
+    size: torch.Tensor = flat_a.norm(dim=1)
+    return difference / size.clamp_min(1e-30)
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

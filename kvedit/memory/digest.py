@@ -29,7 +29,8 @@ def digest_bytes(data: bytes | memoryview) -> str:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Returns the row-major, little-endian bytes of ``tensor``; copies only if they must move."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    data: Any = flat.view(torch.uint8).numpy()
+    return memoryview(data)
 
 
 def digest_tensor(tensor: torch.Tensor) -> str:

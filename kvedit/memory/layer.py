@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from kvedit.axes import expect_axes
-from kvedit.errors import InvalidArgument, MutatedMemory
+from kvedit.errors import InvalidArgument
+from kvedit.memory.frozen import check_versions, note_versions
 
 __all__ = ["LayerKV"]
 
@@ -40,11 +41,7 @@ class LayerKV:
 
     def __post_init__(self) -> None:
         """Checks axes and dtypes, and notes the tensors' version counters."""
-        for name, tensor in self.tensors():
-            if tensor.is_inference():
-                # Inference tensors have no version counter, so a change would go unseen.
-                with torch.inference_mode(False):
-                    object.__setattr__(self, name, tensor.clone())
+        note_versions(self, self.tensors())
         expect_axes("keys", self.keys, "head slot dim")
         expect_axes("values", self.values, "head slot dim", head=self.heads, slot=self.slots)
         expect_axes("positions", self.positions, "slot", slot=self.slots)
@@ -56,8 +53,6 @@ class LayerKV:
             )
         if self.bias is not None:
             self._check_bias(self.bias)
-        versions = {name: tensor._version for name, tensor in self.tensors()}
-        object.__setattr__(self, "_versions", versions)
 
     def _check_bias(self, bias: torch.Tensor) -> None:
         expect_axes("bias", bias, "query_head slot", slot=self.slots)
@@ -121,10 +116,4 @@ class LayerKV:
 
     def check_unmodified(self) -> None:
         """Raises MutatedMemory if a tensor was written in place since this object was made."""
-        versions: dict[str, int] = self._versions  # type: ignore[attr-defined]
-        for name, tensor in self.tensors():
-            if tensor._version != versions[name]:
-                raise MutatedMemory(
-                    f"the memory's {name} were changed in place; memories are immutable: clone "
-                    "the tensor and build a new memory with dataclasses.replace"
-                )
+        check_versions(self, self.tensors())

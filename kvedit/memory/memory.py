@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kvedit.axes import expect_axes
-from kvedit.errors import InvalidArgument, UnknownName
+from kvedit.errors import InvalidArgument, SpanNotFound, UnknownName
 from kvedit.memory.blocks import Block, blocks, content_document
 from kvedit.memory.digest import canonical_json, digest_bytes
 from kvedit.memory.layer import LayerKV
@@ -45,7 +45,9 @@ class Servable:
 class KVMemory:
     """One context as a model remembers it. An edit returns a new memory that shares tensors.
 
-    It is no batch, and it does not grow: a session copies it into a cache that does.
+    It is no batch, and it does not grow: a session copies it into a cache that does. A write into
+    its tensors is found at the next edit, digest, put or attach, unless it went through
+    ``tensor.data`` or a numpy array on the same bytes.
 
     Args:
         layers: layer index to that layer's slots. A memory with only some layers can be looked
@@ -83,7 +85,9 @@ class KVMemory:
             raise UnknownName("layer", str(index), map(str, range(len(self.model.layers))))
         spec = self.model.layers[index]
         where = f"layer {index}"
-        expect_axes(f"{where} keys", layer.keys, "head slot dim", head=spec.kv_heads, dim=spec.key_dim)
+        expect_axes(
+            f"{where} keys", layer.keys, "head slot dim", head=spec.kv_heads, dim=spec.key_dim
+        )
         expect_axes(f"{where} values", layer.values, "head slot dim", dim=spec.value_dim)
         if layer.bias is not None:
             heads = spec.query_heads
@@ -95,9 +99,11 @@ class KVMemory:
                 f"{where}: positions {int(layer.positions.min())} to {int(layer.positions.max())}"
                 f" must lie in 0 to next_position - 1 = {self.next_position - 1}"
             )
-        if int(layer.source.max()) >= self.tokens_count:
+        lowest, highest = int(layer.source.min()), int(layer.source.max())
+        if lowest < -1 or highest >= self.tokens_count:
             raise InvalidArgument(
-                f"{where}: source names token {int(layer.source.max())} of {self.tokens_count}"
+                f"{where}: source names tokens {lowest} to {highest}; expected 0 to "
+                f"{self.tokens_count - 1}, or -1 for a slot that no token made"
             )
 
     @property
@@ -149,9 +155,23 @@ class KVMemory:
         return SpanQuery(text=text, **query).resolve(self)
 
     def resolve(self, span: str | Mapping[str, Any] | Span | SpanQuery) -> Span:
-        """Returns ``span`` as a :class:`Span` of this memory, whatever way it is given."""
+        """Returns ``span`` as a :class:`Span` of this memory, whatever way it is given.
+
+        Raises:
+            SpanNotFound: if nothing matches, or a ready span reaches past the memory's end.
+            AmbiguousSpan: if several places match and no ``occurrence`` is given.
+            InvalidArgument: if it is no span.
+        """
         query = SpanQuery.of(span)
-        return query if isinstance(query, Span) else query.resolve(self)
+        if isinstance(query, SpanQuery):
+            return query.resolve(self)
+        size = self.tokens_count if query.unit == "token" else self.slots
+        if query.ranges[-1][1] > size:
+            raise SpanNotFound(
+                f"the span reaches {query.unit} {query.ranges[-1][1] - 1}; this memory has {size} "
+                f"{query.unit}s"
+            )
+        return query
 
     def layer_indices(self, layers: Iterable[int] | None) -> list[int]:
         """Returns ``layers`` with negative numbers counted from the end; None means all.
@@ -162,11 +182,11 @@ class KVMemory:
         if layers is None:
             return list(self.layers)
         total = len(self.model.layers)
-        wanted = [index + total if index < 0 else index for index in layers]
-        for index in wanted:
-            if index not in self.layers:
+        wanted = {index: index + total if index < 0 else index for index in layers}
+        for index, found in wanted.items():
+            if found not in self.layers:
                 raise UnknownName("layer", str(index), map(str, self.layers))
-        return wanted
+        return list(wanted.values())
 
     def with_layers(self, changed: Mapping[int, LayerKV], **fields: Any) -> KVMemory:
         """Returns the memory with some layers (and other fields) replaced, the rest shared."""
@@ -179,6 +199,7 @@ class KVMemory:
 
         Another device keeps the content digest, another dtype changes it.
         """
+        self.check_unmodified()  # new layers note the counters anew
         layers = {index: layer.to(device, dtype) for index, layer in self.layers.items()}
         return dataclasses.replace(self, layers=layers)
 
@@ -186,6 +207,8 @@ class KVMemory:
         """Raises MutatedMemory if a tensor was written in place since it was made."""
         for layer in self.layers.values():
             layer.check_unmodified()
+        if self.source is not None:
+            self.source.check_unmodified()
 
     def cut(self) -> list[Block]:
         """Returns all blocks with their digests; the store writes these."""

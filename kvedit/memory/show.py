@@ -39,13 +39,22 @@ def facts(memory: KVMemory) -> dict[str, str]:
     if memory.source and memory.source.chat:
         found["chat"] = ", ".join(message.role for message in memory.source.messages)
     if memory.source:
-        text = memory.source.text.replace("\n", " ")
-        found["text"] = text if len(text) <= 72 else f"{text[:71]}…"
+        found["text"] = _shortened(memory.source.text)
     if memory.lineage.nodes:
         found["made by"] = " → ".join(node.name for node in memory.lineage.nodes)
     if not memory.verified:
         found["warning"] = "read without checking its bytes"
-    return found
+    return {label: _printable(value) for label, value in found.items()}
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 72 else f"{text[:71]}…"
+
+
+def _printable(text: str) -> str:
+    # A memory may come from anywhere: no escape sequences or direction marks reach a terminal.
+    spaced = (" " if char.isspace() else char for char in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in spaced)
 
 
 def describe(memory: KVMemory) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kvedit.axes import expect_axes
+from kvedit.memory.frozen import check_versions, note_versions
 
 __all__ = ["ChatState", "Message", "Source"]
 
@@ -63,13 +64,22 @@ class Source:
     chat: ChatState | None = None
 
     def __post_init__(self) -> None:
-        """Checks that every token has its offsets."""
+        """Checks that every token has its offsets, and notes the tensors' version counters."""
+        note_versions(self, self.tensors())
         expect_axes("tokens", self.tokens, "token")
         expect_axes("offsets", self.offsets, "token range", token=len(self), range=2)
 
     def __len__(self) -> int:
         """Number of tokens."""
         return self.tokens.shape[0]
+
+    def tensors(self) -> tuple[tuple[str, torch.Tensor], ...]:
+        """Returns the tensors with their names."""
+        return ("tokens", self.tokens), ("offsets", self.offsets)
+
+    def check_unmodified(self) -> None:
+        """Raises MutatedMemory if a tensor was written in place since this object was made."""
+        check_versions(self, self.tensors())
 
     def token_range(self, start: int, stop: int) -> tuple[int, int]:
         """Returns the tokens that touch characters ``start`` to ``stop``; empty as (0, 0)."""

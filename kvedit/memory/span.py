@@ -26,14 +26,29 @@ class Span:
     """Token or slot ranges of one memory. Layers that hold fewer slots resolve to fewer.
 
     Args:
-        ranges: half-open ``(start, stop)`` ranges, in order.
+        ranges: half-open ``(start, stop)`` ranges; they are kept in order, and merged where they
+            touch.
         unit: whether the ranges count tokens of the source or slots of a layer.
         text: the text of the span, for people.
+
+    Raises:
+        InvalidArgument: if a range is empty or negative, or there is none.
     """
 
     ranges: tuple[tuple[int, int], ...]
     unit: Literal["token", "slot"] = "token"
     text: str = ""
+
+    def __post_init__(self) -> None:
+        """Checks the ranges and brings them into one form."""
+        pairs = [_pair("ranges", pair) for pair in self.ranges]
+        if not pairs or not all(0 <= start < stop for start, stop in pairs):
+            raise InvalidArgument(
+                f"a span needs ranges with 0 <= start < stop, at least one; found {pairs}"
+            )
+        if self.unit not in ("token", "slot"):
+            raise InvalidArgument(f"a span's unit is 'token' or 'slot', found {self.unit!r}")
+        object.__setattr__(self, "ranges", _merged(pairs))
 
     def __len__(self) -> int:
         """Number of tokens (or slots)."""
@@ -43,22 +58,21 @@ class Span:
         """Returns the union; a token in both counts once."""
         if self.unit != other.unit:
             raise InvalidArgument(f"can't join a span of {self.unit}s with one of {other.unit}s")
-        members = sorted({i for span in (self, other) for a, b in span.ranges for i in range(a, b)})
-        ranges: list[tuple[int, int]] = []
-        for index in members:
-            if ranges and ranges[-1][1] == index:
-                ranges[-1] = (ranges[-1][0], index + 1)
-            else:
-                ranges.append((index, index + 1))
-        return Span(tuple(ranges), self.unit, " … ".join(filter(None, (self.text, other.text))))
+        text = " … ".join(filter(None, (self.text, other.text)))
+        return Span((*self.ranges, *other.ranges), self.unit, text)
 
     def mask(self, layer: LayerKV) -> torch.Tensor:
         """Returns the bool mask ``[slot]`` of the slots of ``layer`` that are in the span."""
-        of = layer.source if self.unit == "token" else torch.arange(layer.slots)
-        inside = torch.zeros(layer.slots, dtype=torch.bool, device=of.device)
+        return self.inside(layer.source)
+
+    def inside(self, source: torch.Tensor) -> torch.Tensor:
+        """Returns which slots are in the span, given the token index of each, ``[..., slot]``."""
+        slots = torch.arange(source.shape[-1], device=source.device).expand(source.shape)
+        of = source if self.unit == "token" else slots
+        found = torch.zeros(source.shape, dtype=torch.bool, device=source.device)
         for start, stop in self.ranges:
-            inside |= (of >= start) & (of < stop)
-        return inside
+            found |= (of >= start) & (of < stop)
+        return found
 
 
 @dataclass(frozen=True)
@@ -75,8 +89,12 @@ class SpanQuery:
         role: role of a chat message.
         sentence: text that the wanted sentence contains.
         tokens: half-open token range; negative numbers count from the end.
-        slots: half-open slot range of every layer; negative numbers count from the end.
+        slots: half-open slot range of every layer; negative numbers count from the end of the
+            longest layer.
         occurrence: which match, from 1, or ``"all"``; None demands that there be one only.
+
+    Raises:
+        InvalidArgument: if the parts don't fit together.
     """
 
     text: str | None = None
@@ -95,28 +113,39 @@ class SpanQuery:
             raise InvalidArgument(
                 f"a span is found by one of {', '.join(ways)}, or by role; given: {given or None}"
             )
-        for name in ("text", "regex", "sentence"):
-            if getattr(self, name) == "":
-                raise InvalidArgument(f"can't look for an empty {name}")
+        for name in ("text", "regex", "role", "sentence"):
+            _check_text(name, getattr(self, name))
         for name in ("tokens", "slots"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        if isinstance(self.occurrence, int) and self.occurrence < 1:
-            raise InvalidArgument(f"occurrences count from 1, found {self.occurrence}")
+                object.__setattr__(self, name, _pair(name, getattr(self, name)))
+                if self.role is not None or self.occurrence is not None:
+                    raise InvalidArgument(
+                        f"{name} select exactly one range; role and occurrence don't go with it, "
+                        f"found {self.describe()}"
+                    )
+        _check_occurrence(self.occurrence)
 
     @classmethod
     def of(cls, span: str | Mapping[str, Any] | Span | SpanQuery) -> Span | SpanQuery:
-        """Returns ``span`` as a query: a string is its text, a mapping its parts."""
+        """Returns ``span`` as a query, or as it is if it was found already.
+
+        A string is the text to find; a mapping holds the parts of a query, or of a span (then it
+        has ``ranges``).
+
+        Raises:
+            InvalidArgument: if it is something else.
+        """
         if isinstance(span, Span | SpanQuery):
             return span
         if isinstance(span, str):
             return cls(text=span)
-        known = {field.name for field in fields(cls)}
+        kind = Span if isinstance(span, Mapping) and "ranges" in span else cls
+        known = {field.name for field in fields(kind)}
         if not isinstance(span, Mapping) or set(span) - known:
             raise InvalidArgument(
                 f"a span is a text or a mapping of {sorted(known)}; found {span!r}"
             )
-        return cls(**span)
+        return kind(**span)
 
     def resolve(self, memory: KVMemory) -> Span:
         """Returns the span in ``memory``.
@@ -147,7 +176,7 @@ class SpanQuery:
 
     def _bounded(self, pair: tuple[int, int], size: int, unit: Literal["token", "slot"]) -> Span:
         start, stop, _ = slice(*pair).indices(size)
-        if stop <= start or pair[0] >= size or pair[1] > size:
+        if stop <= start or pair[0] < -size or pair[1] > size:
             raise SpanNotFound(f"{unit}s {pair[0]} to {pair[1]} of a memory of {size} {unit}s")
         return Span(((start, stop),), unit)
 
@@ -176,7 +205,9 @@ class SpanQuery:
         roles = sorted({message.role for message in source.messages})
         regions = [(m.start, m.stop) for m in source.messages if m.role == self.role]
         if not regions:
-            raise SpanNotFound(f"no message of role {self.role!r}; this memory has {roles or 'none'}")
+            raise SpanNotFound(
+                f"no message of role {self.role!r}; this memory has {roles or 'none'}"
+            )
         return [region for region in regions if region[0] >= 0]
 
     def _choose(self, found: list[tuple[int, int]], source: Source) -> list[tuple[int, int]]:
@@ -197,3 +228,38 @@ class SpanQuery:
         if wanted > len(found):
             raise SpanNotFound(f"{self.describe()}: only {len(found)} matches")
         return [found[wanted - 1]]
+
+
+def _merged(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    found = tuple(value) if isinstance(value, list | tuple) else ()
+    if len(found) != 2 or not all(type(number) is int for number in found):
+        raise InvalidArgument(f"{name}: expected a pair of whole numbers, found {value!r}")
+    return found
+
+
+def _check_text(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str) or not value:
+        raise InvalidArgument(f"{name}: expected a text that is not empty, found {value!r}")
+    if name == "regex":
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise InvalidArgument(f"regex {value!r} is not valid: {error}") from error
+
+
+def _check_occurrence(value: Any) -> None:
+    if value is None or value == "all" or (type(value) is int and value >= 1):
+        return
+    raise InvalidArgument(f"occurrence: expected a number from 1, or 'all'; found {value!r}")

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["closed_form_bias", "recompute"]
 
 
-def recompute(
-    model: PreTrainedModel, memory: KVMemory, continuation: torch.Tensor
-) -> torch.Tensor:
+def recompute(model: PreTrainedModel, memory: KVMemory, continuation: torch.Tensor) -> torch.Tensor:
     """Returns the logits of a continuation by recomputing context and continuation in full.
 
     Args:
@@ -52,8 +50,8 @@ def recompute(
     ids = torch.cat((memory.tokens, continuation.cpu()))[None].to(model.device)
     modules = inspect(model).attention
     with _eager(model), _masked(modules, memory, context, ids.shape[1]), torch.no_grad():
-        logits = model(input_ids=ids, position_ids=torch.arange(ids.shape[1], device=ids.device)[None],
-                       use_cache=False).logits
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        logits: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     return logits[0, context:]
 
 
@@ -68,9 +66,7 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _masked(
-    modules: Any, memory: KVMemory, context: int, total: int
-) -> Iterator[None]:
+def _masked(modules: Any, memory: KVMemory, context: int, total: int) -> Iterator[None]:
     handles = []
     for index, module in modules.items():
         heads = memory.model.layers[index].query_heads
@@ -99,9 +95,8 @@ def _adder(module: torch.nn.Module, extra: torch.Tensor) -> Any:
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         mask = given["attention_mask"]
-        given["attention_mask"] = mask.to(torch.float32) + extra.to(mask.device)
-        given["attention_mask"] = given["attention_mask"].clamp_min(torch.finfo(mask.dtype).min)
-        given["attention_mask"] = given["attention_mask"].to(mask.dtype)
+        changed = mask + extra.to(mask)
+        given["attention_mask"] = changed.clamp_min(torch.finfo(mask.dtype).min)
         return (), given
 
     return hook
