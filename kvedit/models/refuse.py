@@ -36,6 +36,9 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModel(f"{name}: MLA, whose cache holds compressed latents, not keys")
+    if getattr(config, "num_kv_shared_layers", None):
+        # Older transformers give such layers an ordinary cache that is never filled.
+        raise UnsupportedModel(f"{name}: layers that share another layer's KV")
     if getattr(config, "alibi", False) or getattr(
         getattr(config, "attn_config", None), "alibi", False
     ):

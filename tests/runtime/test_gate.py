@@ -37,8 +37,8 @@ def test_unsupported_architectures_are_refused_by_name(name):
         "falcon_h1": "linear attention",
         "lfm2": "linear attention",
         "qwen3_next": "linear attention",
-        "gemma3n_text": "shares",
-        "gemma4_text": "shares",
+        "gemma3n_text": "share",
+        "gemma4_text": "share",
         "t5": "encoder",
     }
     assert words[name] in message
