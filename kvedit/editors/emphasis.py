@@ -8,16 +8,15 @@ eq. 2) scales all tokens but the span by alpha and renormalises: ``b = -log alph
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from kvedit.editors.base import Editor, Reader, SpanLike
-from kvedit.editors.heads import as_indices, head_mask
+from kvedit.editors.target import freeze_target, head_mask, held_span
 from kvedit.errors import InvalidArgument
-from kvedit.memory import KVMemory, SpanQuery
+from kvedit.memory import KVMemory
 
 __all__ = ["Emphasize", "Suppress"]
 
@@ -56,7 +55,7 @@ class Emphasize(Editor):
 
     def __post_init__(self) -> None:
         """Checks ranges and makes everything hashable."""
-        _freeze(self)
+        freeze_target(self)
         strength = _strength(self.strength, self.alpha)
         object.__setattr__(self, "strength", strength)
         object.__setattr__(self, "alpha", None)
@@ -99,7 +98,7 @@ class Suppress(Editor):
 
     def __post_init__(self) -> None:
         """Checks ranges and makes everything hashable."""
-        _freeze(self)
+        freeze_target(self)
         strength = _strength(self.strength, self.alpha, infinite=True)
         object.__setattr__(self, "strength", strength)
         object.__setattr__(self, "alpha", None)
@@ -112,16 +111,6 @@ class Suppress(Editor):
         """Returns the configuration; JSON has no infinity, so it is spelled out."""
         found = super().parameters()
         return {**found, "strength": "inf"} if self.strength == math.inf else found
-
-
-def _freeze(editor: Emphasize | Suppress) -> None:
-    span: Any = editor.span
-    object.__setattr__(editor, "span", SpanQuery.of(span) if isinstance(span, Mapping) else span)
-    SpanQuery.of(editor.span)
-    for name in ("layers", "heads", "kv_heads"):
-        object.__setattr__(editor, name, as_indices(name, getattr(editor, name)))
-    if editor.heads is not None and editor.kv_heads is not None:
-        raise InvalidArgument("give heads (query heads) or kv_heads, not both")
 
 
 def _strength(strength: float | str | None, alpha: float | None, infinite: bool = False) -> float:
@@ -154,7 +143,7 @@ def _number(name: str, value: Any) -> float:
 def _biased(
     memory: KVMemory, editor: Emphasize | Suppress, amount: float, inside: bool
 ) -> KVMemory:
-    span = memory.resolve(editor.span)
+    span = held_span(memory, editor)
     changed = {}
     for index in memory.layer_indices(editor.layers):
         layer = memory.layers[index]

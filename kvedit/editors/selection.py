@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from kvedit.editors.base import Editor, Reader, SpanLike
-from kvedit.editors.heads import as_indices, head_mask
+from kvedit.editors.target import freeze_target, head_mask
 from kvedit.errors import InvalidArgument
-from kvedit.memory import KVMemory, LayerKV, SpanQuery
+from kvedit.memory import KVMemory, LayerKV
 
 __all__ = ["Drop", "Keep"]
 
@@ -41,7 +39,7 @@ class Drop(Editor):
 
     def __post_init__(self) -> None:
         """Makes everything hashable."""
-        _freeze(self)
+        freeze_target(self)
 
     def edit(self, *memories: KVMemory, reader: Reader | None = None) -> KVMemory:
         """Returns the memory without the span."""
@@ -69,21 +67,11 @@ class Keep(Editor):
 
     def __post_init__(self) -> None:
         """Makes everything hashable."""
-        _freeze(self)
+        freeze_target(self)
 
     def edit(self, *memories: KVMemory, reader: Reader | None = None) -> KVMemory:
         """Returns the memory with only the span."""
         return _without(memories[0], self, drop_inside=False)
-
-
-def _freeze(editor: Drop | Keep) -> None:
-    span: Any = editor.span
-    object.__setattr__(editor, "span", SpanQuery.of(span) if isinstance(span, Mapping) else span)
-    SpanQuery.of(editor.span)
-    for name in ("layers", "heads", "kv_heads"):
-        object.__setattr__(editor, name, as_indices(name, getattr(editor, name)))
-    if editor.heads is not None and editor.kv_heads is not None:
-        raise InvalidArgument("give heads (query heads) or kv_heads, not both")
 
 
 def _without(memory: KVMemory, editor: Drop | Keep, drop_inside: bool) -> KVMemory:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Span", "SpanQuery"]
 
-_SENTENCE = re.compile(r"[^.!?\n]*[^.!?\s][^.!?\n]*(?:[.!?]+|(?=\n)|$)")
+# A point within a number or name ("18.50", "example.org") ends no sentence; an abbreviation's does.
+_SENTENCE = re.compile(r"\S(?:[^.!?\n]|[.!?]+(?!\s|$))*[.!?]*")
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,7 @@ class SpanQuery:
                 if match.end() == match.start():
                     continue
                 if self.sentence is None or self.sentence in match.group():
-                    lead = len(match.group()) - len(match.group().lstrip())
-                    yield match.start() + (lead if self.sentence is not None else 0), match.end()
+                    yield match.start(), match.end()
 
     def _regions(self, source: Source) -> list[tuple[int, int]]:
         if self.role is None:

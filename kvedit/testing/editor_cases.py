@@ -83,7 +83,7 @@ EDITOR_CASES: tuple[EditorCase, ...] = (
     EditorCase("drop-ragged", "drop", {"span": _SENTENCE, "layers": [1, -1]}, slots=True),
     EditorCase("drop-query-heads", "drop", {"span": _NEAR, "heads": [0, -1]}),
     EditorCase("drop-kv-head", "drop", {"span": _NEAR, "layers": [-1], "kv_heads": [1]}),
-    EditorCase("emphasize", "emphasize", {"span": "wait for it", "strength": 2.3}),
+    EditorCase("emphasize", "emphasize", {"span": "That is", "strength": 2.3}),
     EditorCase(
         "emphasize-pasta",
         "emphasize",

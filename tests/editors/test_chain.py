@@ -84,7 +84,7 @@ def test_a_chain_is_as_reproducible_as_its_weakest_part(subject: Any) -> None:
         ([Shift], InvalidArgument, "holds editors, found ABCMeta"),
         ([{"offset": 3}], InvalidArgument, "names its editor, found {'offset': 3}"),
         ([{"editor": "shitf", "offset": 3}], UnknownName, "Did you mean shift"),
-        ([{"editor": "shift", "offsett": 3}], InvalidArgument, "editor shift: .*offsett"),
+        ([{"editor": "shift", "of_set": 3}], InvalidArgument, "editor shift: .*of_set"),
         ([{"editor": "shift", "offset": 0.5}], InvalidArgument, "whole number, found 0.5"),
     ],
 )

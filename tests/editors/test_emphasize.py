@@ -12,6 +12,7 @@ import torch
 
 import kvedit as kv
 from kvedit.editors import Drop, Emphasize, Suppress
+from kvedit.errors import SpanNotFound
 from kvedit.memory import KVMemory, SpanQuery
 from kvedit.models.attention_call import AttentionCall
 from kvedit.models.route import observing
@@ -250,3 +251,16 @@ def test_more_strength_gives_the_span_more_mass(subject: Any) -> None:
     for less, more in pairwise(masses):
         assert bool((more > less).all())
     assert bool((masses[-1] > 1 - FP32_LOGITS).all())
+
+
+def test_a_span_that_no_layer_holds_is_an_error(subject: Any) -> None:
+    """After a drop there is nothing left to emphasise; doing nothing silently would mislead."""
+    memory = Drop({"tokens": [-9, -5]})(subject("llama").memory)
+    with pytest.raises(SpanNotFound, match="would do nothing"):
+        Emphasize({"tokens": [-9, -5]}, strength=1.0)(memory)
+    Emphasize({"tokens": [-9, -4]}, strength=1.0)(memory)
+
+
+def test_every_way_to_write_a_span_is_the_same_edit() -> None:
+    ways = ("lamp", {"text": "lamp"}, SpanQuery(text="lamp"))
+    assert len({Emphasize(way, strength=1.0) for way in ways}) == 1

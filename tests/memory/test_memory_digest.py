@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 
 from kvedit.memory import KVMemory, Lineage, Message
+from kvedit.memory.digest import digest_tensor
 
 BUILDERS = Path(__file__).with_name("conftest.py")
 
@@ -158,3 +160,15 @@ def test_half_precision_has_its_own_bytes(toy: Any) -> None:
         half.layers[0].keys.float(), memory.layers[0].keys
     )
     assert half.layers[0].nbytes < memory.layers[0].nbytes
+
+
+def test_a_tensor_is_its_dtype_shape_and_bytes() -> None:
+    """The documented form, written out: a JSON line, then little-endian bytes, row by row."""
+    numbers = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int64)
+    row_major = b"".join(value.to_bytes(8, "little") for value in range(1, 7))
+    expected = blake3(b'{"dtype":"int64","shape":[2,3]}\n' + row_major).hexdigest()
+    assert digest_tensor(numbers) == expected
+    assert digest_tensor(numbers.T.contiguous().T) == expected
+    others = [numbers.reshape(3, 2), numbers.reshape(6), numbers.int(), numbers.T]
+    others += [torch.zeros(0, 3), torch.zeros(3, 0), torch.zeros(0, 3).bfloat16()]
+    assert len({expected, *map(digest_tensor, others)}) == len(others) + 1
