@@ -122,7 +122,7 @@ def test_lineage_replays_from_its_own_parameters(case: EditorCase, subject: Any)
 @every_case
 def test_a_chain_is_one_edit_after_the_other(case: EditorCase, subject: Any) -> None:
     memory = subject("qwen3").memory
-    first, second = case.build(), Emphasize({"tokens": [0, 4]}, strength=0.7, layers=(0,))
+    first, second = case.build(), Emphasize({"slots": [0, 4]}, strength=0.7, layers=(0,))
     apart = second(first(memory))
     chained = build("chain", editors=[first, second])(memory)
     assert chained.digest == apart.digest
