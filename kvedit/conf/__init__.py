@@ -1,0 +1,1 @@
+"""The packaged Hydra tree; run.yaml is its root. Nothing here is imported but by Hydra."""
