@@ -1,0 +1,8 @@
+"""Plots: functions that return a matplotlib Figure and never show it."""
+
+from kvedit.plots.attention import received, token_labels
+from kvedit.plots.differences import comparison
+from kvedit.plots.grid import heatmap
+from kvedit.plots.sizes import norms
+
+__all__ = ["comparison", "heatmap", "norms", "received", "token_labels"]

@@ -1,0 +1,94 @@
+"""``kvedit edit``: one or several editors over a stored memory, put as a new version."""
+
+from __future__ import annotations
+
+import shlex
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from kvedit.errors import InvalidArgument, NotFound
+from kvedit.runs.verbs.base import Outcome, Verb
+from kvedit.runs.verbs.options import add_labels, add_model, add_store, load_model_of, open_store
+from kvedit.runs.verbs.parameters import build_editor
+
+__all__ = ["EDIT"]
+
+
+def _add(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "ref",
+        nargs="+",
+        help="name, name@{1}, digest or the beginning of one; several for editors that join them",
+    )
+    parser.add_argument(
+        "--editor",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar=("NAME", "KEY=VALUE"),
+        help="an editor and its parameters (see `kvedit editors`), as JSON, YAML lists and "
+        "mappings, or plain text; repeat it to edit in several steps",
+    )
+    parser.add_argument(
+        "--as", dest="name", metavar="NAME", help="name of the result; default: the same name"
+    )
+    add_store(parser)
+    add_labels(parser)
+    add_model(parser, default="the one that made the memory; only some editors need one")
+
+
+def _run(args: Namespace) -> Outcome:
+    from kvedit.store.refs import check_labels, check_name
+
+    editors = [build_editor(words) for words in args.editor]
+    message = args.message or "; ".join(map(shlex.join, args.editor))
+    check_labels(message, args.tag)
+    store = open_store(args)
+    origins = [store.show(ref).record for ref in args.ref]
+    if len(origins) > 1 and args.name is None:
+        raise InvalidArgument("what several memories are joined into needs a name: --as NAME")
+    name = check_name(args.name or origins[0].name)
+    # A version that somebody else puts meanwhile must not vanish under this one.
+    expect = _newest(store, name)
+    memories = [store.get(origin.record) for origin in origins]
+    reader = _reader(editors, memories[0], args)
+    for editor in editors:
+        memories = [editor(*memories, reader=reader)]
+    record = store.put(memories[0], name, message=message, tags=args.tag, expect=expect)
+    data = {
+        **vars(record),
+        "edited": [{"name": o.name, "version": o.version, "record": o.record} for o in origins],
+        "editors": [
+            {"editor": words[0], **editor.parameters()}
+            for words, editor in zip(args.editor, editors, strict=True)
+        ],
+    }
+    return Outcome(data, str(record))
+
+
+def _newest(store: Any, name: str) -> str:
+    try:
+        return str(store.log(name)[0].record)
+    except NotFound:
+        return ""
+
+
+def _reader(editors: list[Any], memory: Any, args: Namespace) -> Any:
+    reads = any(e.reproducibility == "reader" or getattr(e, "reads", False) for e in editors)
+    if not reads:
+        if args.model:
+            raise InvalidArgument("--model: none of these editors reads with a model; leave it out")
+        return None
+    from kvedit.runtime import ModelReader
+
+    model, _ = load_model_of(memory, args)
+    return ModelReader(model)
+
+
+EDIT = Verb(
+    "edit",
+    "edit a stored memory and store the result as a new version",
+    _add,
+    _run,
+    "kvedit edit handbook --editor emphasize span='within 60 days' strength=2.3 layers=[0,1]",
+)
