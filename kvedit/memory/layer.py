@@ -97,14 +97,14 @@ class LayerKV:
         return LayerKV(
             keys=self.keys.index_select(1, index.to(self.keys.device)),
             values=self.values.index_select(1, index.to(self.values.device)),
-            positions=self.positions[index],
-            source=self.source[index],
-            bias=None if self.bias is None else self.bias[:, index],
+            positions=self.positions[index.to(self.positions.device)],
+            source=self.source[index.to(self.source.device)],
+            bias=None if self.bias is None else self.bias[:, index.to(self.bias.device)],
         )
 
     def add_bias(self, bias: torch.Tensor) -> LayerKV:
         """Returns the layer with ``bias`` ``[query_head, slot]`` added; biases add up."""
-        total = bias if self.bias is None else self.bias + bias
+        total = bias if self.bias is None else self.bias + bias.to(self.bias.device)
         return dataclasses.replace(self, bias=total)
 
     def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> LayerKV:

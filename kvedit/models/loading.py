@@ -14,7 +14,10 @@ from kvedit.models.packaged import PACKAGED, packaged_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["as_dtype", "load"]
+__all__ = ["TINY", "as_dtype", "load"]
+
+TINY = "tiny:"
+"""``tiny:llama`` and so on name random toys of a few layers, to try things out in a second."""
 
 
 def load(
@@ -29,7 +32,7 @@ def load(
 
     Args:
         name: ``"smollm2-135m"`` (packaged, offline), a folder, a hub id, or a loaded model, which
-            is passed through.
+            is passed through; ``"tiny:llama"`` and so on build random toys.
         dtype: compute dtype, for example ``torch.bfloat16`` or ``"bfloat16"``; None keeps the
             checkpoint's.
         device: where to put it; None leaves it on the CPU, or a passed model where it is.
@@ -41,6 +44,8 @@ def load(
     """
     if not isinstance(name, str | Path):
         return _passed_through(name, dtype, device, attn)
+    if str(name).startswith(TINY):
+        return _toy(str(name), dtype, device, attn)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = packaged_folder() if str(name) == PACKAGED else name
@@ -74,6 +79,21 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InvalidArgument(f"dtype {dtype!r}: expected for example float32, bfloat16, float16")
     return found
+
+
+def _toy(
+    name: str,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    attn: str | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from kvedit.models.tiny import tiny_model
+
+    chosen = as_dtype(dtype) or torch.float32
+    model, tokenizer = tiny_model(name.removeprefix(TINY), dtype=chosen, attn=attn)
+    # The name goes into memories, so that the model is found again by it.
+    model.config._name_or_path = model.name_or_path = name
+    return (model if device is None else model.to(device)), tokenizer
 
 
 def _passed_through(

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
-    "TINY",
     "Answer",
     "Divergence",
     "Loaded",
@@ -38,9 +37,6 @@ __all__ = [
     "prefill",
     "read_document",
 ]
-
-TINY = "tiny:"
-"""``tiny:llama`` and so on name random models of a few layers, for tests."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,23 +119,14 @@ def load_model(
     attn: str | None = None,
     revision: str | None = None,
 ) -> Loaded:
-    """Returns the model of that name; see :func:`kvedit.load`, and :data:`TINY` for toys."""
+    """Returns the model of that name; see :func:`kvedit.load`."""
     from transformers.utils.logging import disable_progress_bar
 
-    from kvedit.models.loading import as_dtype, load
-    from kvedit.models.tiny import tiny_model
+    from kvedit.models.loading import load
 
     disable_progress_bar()
     started = time.perf_counter()
-    if not name.startswith(TINY):
-        model, tokenizer = load(name, dtype=dtype, device=device, attn=attn, revision=revision)
-    else:
-        chosen = as_dtype(dtype) or torch.float32
-        model, tokenizer = tiny_model(name.removeprefix(TINY), dtype=chosen, attn=attn)
-        # The name goes into memories, so that it can be loaded again.
-        model.config._name_or_path = model.name_or_path = name
-        if device is not None:
-            model = model.to(device)
+    model, tokenizer = load(name, dtype=dtype, device=device, attn=attn, revision=revision)
     return Loaded(model, tokenizer, time.perf_counter() - started)
 
 

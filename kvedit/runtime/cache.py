@@ -181,20 +181,20 @@ class MemoryCache(Cache):
         self, slots: LayerSlots, rule: MaskRule, queries: int
     ) -> tuple[torch.Tensor | None, bool]:
         whole = slots.valid is None and bool(self.valid.all())
-        asked = self.positions[:, -queries:]
         if whole and slots.spec.window is None:
             if queries == 1:
                 return None, False
             if slots.held == 0 and self.fed == queries:
                 return None, True
         held = slots.positions
+        mine, real = self.positions.to(held.device), self.valid.to(held.device)
         valid = torch.ones_like(held, dtype=torch.bool) if slots.valid is None else slots.valid
-        at = torch.cat((held, self.positions), dim=1)
-        seen = rule.allows(asked, at)
-        seen = seen & torch.cat((valid, self.valid), dim=1)[:, None, None, :]
+        at = torch.cat((held, mine), dim=1)
+        seen = rule.allows(mine[:, -queries:], at)
+        seen = seen & torch.cat((valid, real), dim=1)[:, None, None, :]
         if not whole:
             # A padded query sees something, since a softmax over nothing is NaN.
-            seen = seen | ~self.valid[:, -queries:][:, None, :, None]
+            seen = seen | ~real[:, -queries:][:, None, :, None]
         return (None, False) if bool(seen.all()) else (seen, False)
 
     def _forget(self, tokens: int) -> None:

@@ -160,7 +160,7 @@ def _memory(
     parameters: dict[str, Any],
 ) -> KVMemory:
     spec = session.inspection.spec_now()
-    layers = row_layers(session, row, source)
+    layers = row_layers(session, row, source, final=True)
     chosen = {index: layers[index] for index in kept}
     if window == "windowed":
         chosen = {i: _windowed(layer, spec.layers[i], len(source)) for i, layer in chosen.items()}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import pad
 
 from kvedit.memory import KVMemory, LayerKV, Lineage, LineageNode, Source
 from kvedit.memory.digest import canonical_json, digest_tensor
 from kvedit.memory.lineage import environment
+from kvedit.runtime.slots import LayerSlots
 
 if TYPE_CHECKING:
     from kvedit.runtime.session import Session
@@ -42,45 +44,50 @@ def grown_memory(session: Session, row: int) -> KVMemory:
     )
 
 
-def row_layers(session: Session, row: int, source: Source | None) -> dict[int, LayerKV]:
-    """Returns copies of a row's valid slots, layer by layer."""
+def row_layers(
+    session: Session, row: int, source: Source | None, final: bool = False
+) -> dict[int, LayerKV]:
+    """Returns a row's valid slots, layer by layer, as copies.
+
+    Args:
+        session: the session.
+        row: row of its batch.
+        source: the row's tokens.
+        final: whether the session ends here, so that a buffer may be handed over uncopied.
+    """
     cache, base = session.cache, session.memories[row]
     new = cache.valid[row]
     count = int(new.sum())
-    first = (len(source) if source else 0) - count
+    last = len(source) if source else 0
+    fresh = {
+        "positions": cache.positions[row][new].cpu(),
+        "source": torch.arange(last - count, last),
+    }
     return {
-        index: _row_layer(
-            slots, row, new, cache.positions[row], first, base.layers[index] if base else None
-        )
+        index: _row_layer(slots, row, new, base.layers[index] if base else None, fresh, final)
         for index, slots in enumerate(cache.layers)
     }
 
 
 def _row_layer(
-    slots: object,
+    slots: LayerSlots,
     row: int,
     new: torch.Tensor,
-    positions: torch.Tensor,
-    first: int,
     base: LayerKV | None,
+    fresh: dict[str, torch.Tensor],
+    final: bool,
 ) -> LayerKV:
-    held = base.slots if base is not None else 0
-    keys, values = slots.states()  # type: ignore[attr-defined]
-    padded: int = slots.held  # type: ignore[attr-defined]
-    keep = torch.cat(
-        (torch.arange(held, device=keys.device), padded + new.to(keys.device).nonzero().squeeze(1))
-    )
-    count = int(new.sum())
-    fresh = torch.arange(first, first + count)
-    old_source = base.source.cpu() if base is not None else torch.zeros(0, dtype=torch.int64)
-    old_positions = base.positions.cpu() if base is not None else torch.zeros(0, dtype=torch.int64)
-    bias = None
-    if base is not None and base.bias is not None:
-        bias = torch.cat((base.bias.cpu(), torch.zeros(base.bias.shape[0], count)), dim=1)
-    return LayerKV(
-        keys=keys[row].index_select(1, keep),
-        values=values[row].index_select(1, keep),
-        positions=torch.cat((old_positions, positions[new].cpu())),
-        source=torch.cat((old_source, fresh)),
-        bias=bias,
-    )
+    keys, values = slots.states()
+    held = 0 if base is None else base.slots
+    old = torch.arange(held, device=keys.device)
+    keep = torch.cat((old, slots.held + new.to(keys.device).nonzero().squeeze(1)))
+    if final and slots.full and len(keep) == slots.length:
+        kept = {"keys": keys[row], "values": values[row]}
+    else:
+        states = {"keys": keys, "values": values}
+        kept = {name: state[row].index_select(1, keep) for name, state in states.items()}
+    if base is None:
+        return LayerKV(**kept, **fresh)
+    grown = {name: torch.cat((getattr(base, name).cpu(), fresh[name])) for name in fresh}
+    bias = None if base.bias is None else pad(base.bias.cpu(), (0, int(new.sum())))
+    return LayerKV(**kept, **grown, bias=bias)

@@ -50,6 +50,7 @@ class LayerSlots(CacheLayerMixin):
         self.valid: torch.Tensor | None = None if bool(valid.all()) else valid
         self.bias = _padded_bias(spec, memories, self.held)
         self.fed = 0
+        self._room = 0
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._bias_buffer: torch.Tensor | None = None
 
@@ -60,7 +61,7 @@ class LayerSlots(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Copies the memories into a buffer on the device and in the dtype of the first tokens."""
-        room = self.length + max(_SPARE, key_states.shape[2])
+        room = max(self._room, self.length + key_states.shape[2])
         self._buffers = tuple(
             self._filled(kind, states, room)
             for kind, states in (("keys", key_states), ("values", value_states))
@@ -85,9 +86,11 @@ class LayerSlots(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends new tokens ``[batch, head, query, dim]`` and returns all slots, as views."""
-        if self._buffers is None:
-            self.lazy_initialization(key_states, value_states)
         start, stop = self.length, self.length + key_states.shape[2]
+        if self._buffers is None:
+            # Without a wish for room there will be more tokens, whose number nobody knows.
+            self.reserve(stop if self._room else stop + _SPARE)
+            self.lazy_initialization(key_states, value_states)
         self.reserve(stop)
         for buffer, states in zip(self._stored, (key_states, value_states), strict=True):
             buffer[:, :, start:stop] = states
@@ -96,7 +99,10 @@ class LayerSlots(CacheLayerMixin):
 
     def reserve(self, slots: int) -> None:
         """Makes room for ``slots`` slots in all; grows by half at least, to copy seldom."""
-        if self._buffers is None or slots <= self._stored[0].shape[2]:
+        if self._buffers is None:
+            self._room = max(self._room, slots)
+            return
+        if slots <= self._stored[0].shape[2]:
             return
         room = max(slots, self._stored[0].shape[2] * 3 // 2)
         grown = []
@@ -111,6 +117,12 @@ class LayerSlots(CacheLayerMixin):
         if self._buffers is None:
             raise InvalidArgument("this layer has seen no tokens yet")
         return self._buffers
+
+    @property
+    def full(self) -> bool:
+        """Whether one row fills its buffer to the last slot, so that it can be handed over."""
+        keys = self._stored[0]
+        return keys.shape[0] == 1 and keys.shape[2] == self.length
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns keys and values ``[batch, head, slot, dim]``, as views."""

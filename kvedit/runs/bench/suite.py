@@ -15,12 +15,13 @@ import torch
 
 from kvedit.editors import build
 from kvedit.memory.lineage import environment
+from kvedit.models.loading import TINY
 from kvedit.runs.bench.pairs import Timed, alternate
 from kvedit.runs.bench.plan import Plan
 from kvedit.runs.bench.prose import prose
 from kvedit.runs.bench.report import Bar, Ratio, Report
 from kvedit.runs.bench.sides import Sides
-from kvedit.runs.verbs.options import TINY, load_model
+from kvedit.runs.verbs.options import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

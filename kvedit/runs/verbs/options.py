@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from kvedit.store import Store
 
 __all__ = [
-    "TINY",
     "add_labels",
     "add_model",
     "add_prompt",
@@ -28,9 +27,6 @@ __all__ = [
     "open_store",
     "positive",
 ]
-
-TINY = "tiny:"
-"""``tiny:llama`` and so on: random models of a few kilobytes, to try things out in a second."""
 
 
 def add_store(parser: ArgumentParser) -> None:
@@ -112,23 +108,13 @@ def load_model(
         InvalidArgument: if nothing of that name can be loaded.
         UnknownName: if there is no such tiny family.
     """
-    import torch
-
-    from kvedit.models.loading import as_dtype, load
+    from kvedit.models.loading import load
 
     if not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-    if not name.startswith(TINY):
-        return load(name, dtype=dtype, device=device, attn=attn)
-    from kvedit.models.tiny import tiny_model
-
-    chosen = as_dtype(dtype) or torch.float32
-    model, tokenizer = tiny_model(name.removeprefix(TINY), dtype=chosen, attn=attn)
-    # The name goes into memories, so that `kvedit ask` finds the model again.
-    model.config._name_or_path = model.name_or_path = name
-    return (model if device is None else model.to(device)), tokenizer
+    return load(name, dtype=dtype, device=device, attn=attn)
 
 
 def load_model_of(
