@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kvedit as kv
-from kvedit.testing import CONCONTEXT, EDITOR_CASES, tiny_model
+from kvedit.testing import CONTEXT, EDITOR_CASES, tiny_model
 
 PROMPT = torch.tensor([[40, 51, 62, 73]])
 
