@@ -31,6 +31,11 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         raise UnsupportedModel("compiled models: pass the model that was given to torch.compile")
     if not hasattr(model, "config") or not hasattr(model, "set_attn_implementation"):
         raise UnsupportedModel(f"{name} is no transformers model (PreTrainedModel)")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UnsupportedModel(
+            f"{name}: some weights are not in memory (offloaded, or on the meta device); load the "
+            "model without offloading"
+        )
     if model.config.is_encoder_decoder:
         raise UnsupportedModel(f"{name}: encoder–decoder models; kvedit edits decoder-only models")
     config = model.config.get_text_config(decoder=True)

@@ -59,7 +59,9 @@ class Database:
             try:
                 yield self._connection
             except _ERRORS as error:
-                _check_damage(error)
+                if self._identity == self._found():
+                    _check_damage(error)
+                # Else another process put a new file in place meanwhile: ask that one.
                 raise DamagedIndex(f"{self._path} is damaged: {error}") from error
 
     def usable(self) -> bool:
@@ -83,21 +85,40 @@ class Database:
             return True
 
     def replace(self, fill: Callable[[sqlite3.Connection], object]) -> None:
-        """Puts a new file in place of whatever is there; the caller holds the lock.
+        """Makes the tables anew; the caller holds the lock.
+
+        A readable file is emptied and filled in one transaction, so that readers beside it see the
+        old or the new tables. Only an unreadable one is put out of the way.
 
         Args:
             fill: makes the tables and what is in them.
         """
         with self._guard:
+            try:
+                if self.usable() and self._connection is not None:
+                    self._refill(self._connection, fill)
+                    return
+            except _ERRORS as error:
+                _check_damage(error)
             self.close()
             for suffix in ("", "-wal", "-shm"):
                 with suppress(FileNotFoundError):
                     self._path.with_name(self._path.name + suffix).unlink()
-            # One transaction: until it is through, or if it never is, the file has version 0 and
-            # is not usable.
-            with closing(self._connect()) as connection, transaction(connection):
-                fill(connection)
-                connection.execute(f"PRAGMA user_version = {self._version:d}")
+            # Until the transaction is through, or if it never is, the file has version 0 and is
+            # not usable.
+            with closing(self._connect()) as connection:
+                self._refill(connection, fill)
+
+    def _refill(
+        self, connection: sqlite3.Connection, fill: Callable[[sqlite3.Connection], object]
+    ) -> None:
+        with transaction(connection):
+            tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            for (name,) in tables.fetchall():
+                quoted = name.replace('"', '""')
+                connection.execute(f'DROP TABLE "{quoted}"')
+            fill(connection)
+            connection.execute(f"PRAGMA user_version = {self._version:d}")
 
     def close(self) -> None:
         """Closes the file."""
