@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -75,7 +75,11 @@ def fingerprint(
 
 def state_key(model: torch.nn.Module) -> StateKey:
     """Returns a cheap key that changes when a parameter is replaced, moved or written in place."""
-    return tuple((name, p.data_ptr(), p._version) for name, p in model.named_parameters())
+    return tuple(
+        # Inference tensors have no counter, and can't be written outside inference mode either.
+        (name, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        for name, tensor in _tensors(model)
+    )
 
 
 def mark_source(model: PreTrainedModel, files: Iterable[Path]) -> None:
@@ -133,7 +137,7 @@ def _weights(model: PreTrainedModel, adapters: list[str]) -> str:
         return known[1]
     if (kept := _live.get(model)) and kept[0] == key:
         return kept[1]
-    names = (pair for pair in model.named_parameters() if not _of_adapter(pair[0], adapters))
+    names = (pair for pair in _tensors(model) if not _of_adapter(pair[0], adapters))
     found = f"live:{_digest_named((name.replace('.base_layer', ''), p) for name, p in names)}"
     _live[model] = (key, found)
     return found
@@ -150,9 +154,27 @@ def _adapter_names(model: PreTrainedModel) -> list[str]:
 def _adapters(model: PreTrainedModel, adapters: list[str]) -> str:
     if not adapters:
         return ""
-    weights = ((n, p) for n, p in model.named_parameters() if _of_adapter(n, adapters))
+    weights = ((n, p) for n, p in _tensors(model) if _of_adapter(n, adapters))
     configs = {name: str(model.peft_config[name]) for name in adapters}
     return digest_bytes(canonical_json({"configs": configs, "weights": _digest_named(weights)}))
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields parameters and persistent buffers, each once.
+
+    Raises:
+        UnsupportedModel: if weights are packed in something that is no plain tensor.
+    """
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, torch.Tensor) and not value.is_quantized:
+            yield name, value
+        elif name.endswith(("_packed_params", "_packed_params._packed_params")) or isinstance(
+            value, torch.Tensor
+        ):
+            raise UnsupportedModel(
+                f"weights {name} are packed by torch's quantisation, so a change of them can't be "
+                "seen; use a model whose quantised weights are plain tensors"
+            )
 
 
 def _of_adapter(name: str, adapters: list[str]) -> bool:

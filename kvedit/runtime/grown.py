@@ -57,11 +57,11 @@ def row_layers(
     """
     cache, base = session.cache, session.memories[row]
     new = cache.valid[row]
-    count = int(new.sum())
-    last = len(source) if source else 0
+    made = (cache.ids[row][new] >= 0).cpu()  # embeddings have no token
+    first = (len(source) if source else 0) - int(made.sum())
     fresh = {
         "positions": cache.positions[row][new].cpu(),
-        "source": torch.arange(last - count, last),
+        "source": torch.where(made, first + made.cumsum(dim=0) - 1, -1),
     }
     return {
         index: _row_layer(slots, row, new, base.layers[index] if base else None, fresh, final)

@@ -118,7 +118,7 @@ def score(
     if isinstance(continuations, str) or not continuations:
         raise InvalidArgument(f"expected a list of continuations, found {continuations!r}")
     with attach(model, memory, tokenizer, strict=strict) as session:
-        first = session.feed([prompt], chat)
+        first = session.feed(prompt, chat)
         return [_score_one(session, first, text) for text in continuations]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,7 @@ from kvedit.models.inspection import Inspection
 from kvedit.runtime.cache import MemoryCache
 from kvedit.runtime.grown import grown_memory
 from kvedit.runtime.sampling import Stream, sample, sample_expanded
-from kvedit.runtime.text import Context, empty_source, encode_turn, extend_source
+from kvedit.runtime.text import Context, cut_source, empty_source, encode_turn, extend_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,13 +83,20 @@ class Session:
         Returns:
             Logits ``[batch, query or keep, vocabulary]``.
         """
+        self.flush()
+        return self._forward(ids, valid, keep)
+
+    def _forward(
+        self, ids: torch.Tensor, valid: torch.Tensor | None, keep: int | None
+    ) -> torch.Tensor:
         self.cache.recover()
         device = self.model.device
         ids = ids.to(device)
         real = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid.to(device)
         starts = self.cache.next_positions.to(device)
         positions = (starts[:, None] + real.cumsum(dim=1) - 1).clamp_min(0)
-        options: dict[str, Any] = {} if keep is None else {"logits_to_keep": keep}
+        named = keep is not None and "logits_to_keep" in signature(self.model.forward).parameters
+        options: dict[str, Any] = {"logits_to_keep": keep} if named else {}
         with torch.no_grad():
             output = self.model(
                 input_ids=ids,
@@ -97,12 +106,17 @@ class Session:
                 **options,
             )
         logits: torch.Tensor = output.logits
-        return logits
+        return logits if keep is None else logits[:, -keep:]
 
-    def feed(self, prompts: Sequence[Context], chat: bool | None = None) -> torch.Tensor:
-        """Feeds one prompt per row and returns the logits ``[batch, vocabulary]`` that follow."""
-        ids, valid = self._encode(prompts, chat)
-        return self.forward(ids, valid, keep=1)[:, -1]
+    def feed(self, prompt: Context | Sequence[Context], chat: bool | None = None) -> torch.Tensor:
+        """Feeds a prompt, as :meth:`generate` takes it, and generates nothing.
+
+        Returns:
+            The logits ``[batch, vocabulary]`` that follow.
+        """
+        with self._turn():
+            ids, valid = self._encode(self._per_row(prompt), chat)
+            return self._forward(ids, valid, keep=1)[:, -1]
 
     def generate(
         self,
@@ -134,20 +148,21 @@ class Session:
             InvalidArgument: if prompts and rows don't fit, or an option is not understood.
             ContextTooLong: if prompt and reply could run past the model's positions.
         """
-        ids, valid = self._encode(self._per_row(prompt), chat)
-        lists = sample(
-            self.model,
-            self.cache,
-            ids,
-            valid,
-            tokenizer=self.tokenizer,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            stream=stream,
-            seed=seed,
-            **options,
-        )
-        replies = [self._take(row, tokens, stop) for row, tokens in enumerate(lists)]
+        with self._turn():
+            ids, valid = self._encode(self._per_row(prompt), chat)
+            lists = sample(
+                self.model,
+                self.cache,
+                ids,
+                valid,
+                tokenizer=self.tokenizer,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                stream=stream,
+                seed=seed,
+                **options,
+            )
+            replies = [self._take(row, tokens, stop) for row, tokens in enumerate(lists)]
         return replies[0] if self.rows == 1 else replies
 
     def generate_many(
@@ -184,13 +199,48 @@ class Session:
 
     def source(self, row: int = 0) -> Source | None:
         """Returns the tokens and text of a row so far."""
+        self._sync()
         return self._sources[row]
 
     def flush(self) -> None:
         """Feeds tokens that were generated and not yet read, so that they have slots."""
         if any(self._pending):
             ids, valid = self._left_padded([[] for _ in range(self.rows)])
-            self.forward(ids, valid, keep=1)
+            self._forward(ids, valid, keep=1)
+        self._sync()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        # A turn that fails leaves the session as it was: no half a prompt, no half a reply.
+        self._sync()
+        before, pending, fed = list(self._sources), list(self._pending), self.cache.fed
+        try:
+            yield
+        except BaseException:
+            self.cache.recover()
+            self.cache.crop(fed - self.cache.fed)
+            self._sources, self._pending = before, pending
+            raise
+
+    def _sync(self) -> None:
+        """Brings sources up to date with tokens that were fed by forward or by raw calls."""
+        self.cache.recover()
+        for row, memory in enumerate(self.memories):
+            fed = self.cache.ids[row][self.cache.valid[row]].cpu()
+            fed = fed[fed >= 0]  # embeddings have no token
+            source = self._sources[row] or empty_source()
+            start = memory.tokens_count if memory is not None else 0
+            missing = len(fed) - (len(source) - start - len(self._pending[row]))
+            if missing == 0:
+                continue
+            # A raw call went on without the last generated token, which was never read; or the
+            # cache was cropped.
+            read = len(source) - len(self._pending[row])
+            known = cut_source(source, read + min(missing, 0))
+            self._sources[row] = extend_source(
+                known, fed[len(fed) - max(missing, 0) :], self.tokenizer
+            )
+            self._pending[row] = []
 
     def _per_row(self, prompt: Context | Sequence[Context]) -> list[Context]:
         several = (

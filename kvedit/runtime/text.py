@@ -16,7 +16,15 @@ from kvedit.models.fingerprint import template_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Context", "empty_source", "encode", "encode_turn", "extend_source", "is_messages"]
+__all__ = [
+    "Context",
+    "cut_source",
+    "empty_source",
+    "encode",
+    "encode_turn",
+    "extend_source",
+    "is_messages",
+]
 
 Context = str | Sequence[Mapping[str, Any]] | Sequence[int] | torch.Tensor
 """A text, chat messages, or token ids."""
@@ -116,6 +124,21 @@ def extend_source(
         tokens=torch.cat((source.tokens, ids)),
         text=source.text + text,
         offsets=torch.cat((source.offsets, offsets + len(source.text))),
+    )
+
+
+def cut_source(source: Source, tokens: int) -> Source:
+    """Returns ``source`` with only its first ``tokens`` tokens, and the text that they spell."""
+    if tokens == len(source):
+        return source
+    end = int(source.offsets[tokens - 1, 1]) if tokens else 0
+    messages = tuple(message for message in source.messages if message.start < end)
+    return replace(
+        source,
+        tokens=source.tokens[:tokens],
+        text=source.text[:end],
+        offsets=source.offsets[:tokens],
+        messages=messages,
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kvedit as kv
-from kvedit.errors import InvalidArgument
+from kvedit.errors import InvalidArgument, UnsupportedModel
 from kvedit.models import inspect
 from kvedit.models.fingerprint import tokenizer_fingerprint
 from kvedit.models.tiny import tiny_model
@@ -81,6 +81,25 @@ def test_live_fingerprints_agree_between_equal_models():
     prints = [inspect(model).spec.fingerprint for model in (a, b, c)]
     assert prints[0] == prints[1] and prints[0].weights != prints[2].weights
     assert prints[0].config == prints[2].config
+
+
+def test_buffers_count_and_packed_weights_are_refused():
+    model, _ = tiny_model("llama")
+    first = inspect(model).spec.fingerprint.weights
+    model.register_buffer("extra", torch.ones(3))
+    second = inspect(model).spec.fingerprint.weights
+    model.extra[1] = 2
+    assert len({first, second, inspect(model).spec.fingerprint.weights}) == 3
+    packed = torch.ao.quantization.quantize_dynamic(tiny_model("llama")[0], {torch.nn.Linear})
+    with pytest.raises(UnsupportedModel, match="packed"):
+        inspect(packed)
+
+
+def test_weights_under_inference_mode_can_be_told():
+    with torch.inference_mode():
+        model, tokenizer = tiny_model("llama")
+        memory = kv.capture(model, tokenizer, "Some text.")
+    assert memory.digest == kv.capture(tiny_model("llama")[0], tokenizer, "Some text.").digest
 
 
 def test_tokenizer_fingerprint_ignores_padding_state_and_sees_tokens():

@@ -391,3 +391,66 @@ def test_estimate_is_of_the_right_order(tiny):
     memory = kv.capture(model, tokenizer, TEXT * 4)
     kv_bytes = sum(one.keys.nbytes + one.values.nbytes for one in memory.layers.values())
     assert found.bytes == kv_bytes and found.tokens == len(memory.tokens) and found.seconds > 0
+
+
+def test_a_turn_that_is_refused_leaves_the_session_as_it_was(tiny):
+    model, tokenizer = tiny("gpt2")
+    limit = model.config.n_positions
+    memory = kv.capture(model, None, torch.full((limit - 8,), 20))
+    with kv.attach(model, memory, tokenizer) as session:
+        with pytest.raises(ContextTooLong):
+            session.generate([30, 31], max_new_tokens=50)
+        with pytest.raises(UnsupportedModel):
+            session.generate([30, 31], max_new_tokens=2, num_beams=2)
+
+        def interrupt(text):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            session.generate([30, 31], max_new_tokens=4, stream=interrupt)
+        assert len(session.source()) == limit - 8
+        reply = session.generate([40, 41], max_new_tokens=3)
+        grown = session.memory()
+    assert grown.tokens[-5:].tolist() == [40, 41, *reply.tokens]
+    with kv.attach(model, memory, tokenizer) as session:
+        assert session.generate([40, 41], max_new_tokens=3) == reply
+
+
+def test_tokens_of_forward_and_raw_calls_are_part_of_the_session(tiny):
+    model, tokenizer = tiny("llama")
+    memory = kv.capture(model, tokenizer, TEXT)
+    ids = tokenizer(" And then", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with kv.attach(model, memory, tokenizer) as session:
+        session.forward(ids)
+        assert session.source().text == TEXT + " And then"
+        reply = session.generate(" so", max_new_tokens=3)
+        spoken = session.source().text
+        session.forward(ids)  # the reply's last token is read first
+        assert session.source().text == spoken + " And then"
+        start = int(session.cache.next_positions[0])
+        at = torch.arange(start, start + ids.shape[1])[None]
+        with torch.no_grad():
+            model(ids, past_key_values=session.cache, position_ids=at)
+        grown = session.memory()
+    assert grown.source.text == spoken + " And then And then"
+    again = kv.capture(model, None, grown.tokens)
+    torch.testing.assert_close(again.layers[2].keys, grown.layers[2].keys, atol=2e-5, rtol=0)
+    assert torch.equal(grown.layers[0].source, torch.arange(len(grown.tokens)))
+    assert len(reply.tokens) == 3
+
+
+def test_embeddings_make_slots_without_tokens(tiny):
+    model, tokenizer = tiny("llama")
+    memory = kv.capture(model, tokenizer, TEXT)
+    ids = _ids(3)
+    start = memory.next_position
+    with kv.attach(model, memory, tokenizer) as session, torch.no_grad():
+        model(
+            inputs_embeds=model.get_input_embeddings()(ids),
+            past_key_values=session.cache,
+            position_ids=torch.arange(start, start + 3)[None],
+        )
+        session.forward(ids)
+        grown = session.memory()
+    assert grown.layers[0].source[-6:].tolist() == [-1, -1, -1, start, start + 1, start + 2]
+    assert len(grown.tokens) == len(memory.tokens) + 3
