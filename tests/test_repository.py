@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -52,6 +53,19 @@ def test_readme_blocks_run_in_order(tmp_path, monkeypatch):
         # blank lines in front, so that a traceback shows the line of README.md
         first_line = text.count("\n", 0, match.start("code"))
         exec(compile("\n" * first_line + match["code"], str(README), "exec"), namespace)
+
+
+def test_readme_commands_are_understood():
+    from kvedit.runs.cli import build_parser
+
+    blocks = re.findall(r"^```bash\n(.*?)^```$", README.read_text("utf-8"), re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines()]
+    commands = [
+        shlex.split(line, comments=True)[1:] for line in lines if line.startswith("kvedit ")
+    ]
+    assert len(commands) >= 3
+    for words in commands:
+        build_parser().parse_args(words)  # exits on what it does not know
 
 
 def test_there_is_configuration():

@@ -75,7 +75,8 @@ def _identity_reasons(made: ModelSpec, live: ModelSpec) -> list[str]:
         for name, (a, b) in differences.items()
     ]
     weights = differences.get("weights")
-    if weights and weights[0].split(":")[0] != weights[1].split(":")[0]:
+    kinds = [part.split(":")[0] for part in weights or ()]
+    if len(set(kinds)) > 1 and "config" not in differences:
         reasons.append(
             "one was fingerprinted by its files and one by its live tensors: load the model with "
             "kv.load both times"
