@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from kvedit.errors import InvalidArgument, TemplateNotCuttable
 from kvedit.memory import ChatState, Message, Source
 from kvedit.models.fingerprint import template_digest
+from kvedit.runtime.spelling import TAIL, following_ids, plain_ids, spell_behind, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,11 +28,6 @@ __all__ = [
 
 Context = str | Sequence[Mapping[str, Any]] | Sequence[int] | torch.Tensor
 """A text, chat messages, or token ids."""
-
-_AS_IS = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-
-_TAIL = 12
-"""Tokens of context that are tokenised again with what follows, to see where the border falls."""
 
 
 def is_messages(context: Any) -> bool:
@@ -102,7 +97,7 @@ def encode_turn(
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         grown = _encode_chat_turn(tokenizer, start, turns)  # type: ignore[arg-type]
     elif isinstance(prompt, str):
-        ids = torch.tensor(_following_ids(tokenizer, start, prompt), dtype=torch.int64)
+        ids = torch.tensor(following_ids(tokenizer, start, prompt), dtype=torch.int64)
         grown = extend_source(start, ids, tokenizer)
     else:
         raise InvalidArgument(f"expected a text, messages or ids, found {type(prompt).__name__}")
@@ -118,7 +113,7 @@ def extend_source(
     if tokenizer is None:
         text, offsets = "", torch.zeros(len(ids), 2, dtype=torch.int64)
     else:
-        text, offsets = _spell_behind(tokenizer, source.tokens[-_TAIL:], ids)
+        text, offsets = spell_behind(tokenizer, source.tokens[-TAIL:], ids)
     return replace(
         source,
         tokens=torch.cat((source.tokens, ids)),
@@ -151,7 +146,7 @@ def _from_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Source:
     bos = tokenizer.bos_token
     # A text that spells out BOS must not get a second one.
     plain = bool(bos and text.startswith(bos))
-    ids, offsets = _tokenize(tokenizer, text, special=not plain)
+    ids, offsets = tokenize(tokenizer, text, special=not plain)
     return Source(ids, text, offsets)
 
 
@@ -165,7 +160,7 @@ def _from_messages(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]
 ) -> Source:
     text = _render(tokenizer, messages, prompt=False)
-    ids, offsets = _tokenize(tokenizer, text, special=False)
+    ids, offsets = tokenize(tokenizer, text, special=False)
     state = ChatState(template_digest(tokenizer), len(ids))
     return Source(ids, text, offsets, _locate(messages, text, 0), state)
 
@@ -213,7 +208,7 @@ def _encode_chat_turn(
     else:
         full = _render(tokenizer, [*past, *turns], prompt=True)
         rest = _behind(tokenizer, source, full)
-    ids = torch.tensor(_plain_ids(tokenizer, rest), dtype=torch.int64)
+    ids = torch.tensor(plain_ids(tokenizer, rest), dtype=torch.int64)
     grown = extend_source(source, ids, tokenizer)
     messages = (*source.messages, *_locate(turns, grown.text, len(source.text)))
     state = source.chat or ChatState(template_digest(tokenizer), len(source))
@@ -224,7 +219,7 @@ def _behind(tokenizer: PreTrainedTokenizerBase, source: Source, full: str) -> st
     """Returns what the longer rendering adds, if it begins with what is there."""
     cut = source.chat.cut if source.chat else 0
     captured = source.tokens[:cut].tolist()
-    starts = full.startswith(source.text) and _plain_ids(tokenizer, full)[:cut] == captured
+    starts = full.startswith(source.text) and plain_ids(tokenizer, full)[:cut] == captured
     if not starts:
         raise TemplateNotCuttable(
             "the chat template renders the longer conversation differently from what this memory "
@@ -232,72 +227,3 @@ def _behind(tokenizer: PreTrainedTokenizerBase, source: Source, full: str) -> st
             "or pass chat=False and the prompt's text with its markers"
         )
     return full[len(source.text) :]
-
-
-def _following_ids(tokenizer: PreTrainedTokenizerBase, source: Source, prompt: str) -> list[int]:
-    """Returns the prompt's ids as the tokenizer would cut them behind the context.
-
-    Tokenisers that mark word starts would put a space before a text that stands alone, so the
-    context's last tokens are cut again with the prompt; if they stay as they are, what follows
-    them is the prompt's. If the border would move into a token, the prompt is cut alone.
-    """
-    tail = source.tokens[-_TAIL:].tolist()
-    if tail and source.text:
-        first = int(source.offsets[len(source) - len(tail), 0])
-        joined = _plain_ids(tokenizer, source.text[first:] + prompt)
-        if joined[: len(tail)] == tail:
-            return joined[len(tail) :]
-    return _plain_ids(tokenizer, prompt)
-
-
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, text: str, special: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if not tokenizer.is_fast:
-        ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        spelled, offsets = _spell(tokenizer, torch.tensor(ids, dtype=torch.int64))
-        exact = spelled == text
-        return torch.tensor(ids), offsets if exact else torch.zeros_like(offsets)
-    found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-    ids = torch.tensor(found["input_ids"], dtype=torch.int64)
-    return ids, torch.tensor(found["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
-
-
-def _spell_behind(
-    tokenizer: PreTrainedTokenizerBase, tail: torch.Tensor, ids: torch.Tensor
-) -> tuple[str, torch.Tensor]:
-    """Returns the text of ids that stand behind others, and each token's range in it.
-
-    Decoders that mark word starts drop the first space of what they are given, so the ids are
-    spelled together with what stands before them.
-    """
-    text, offsets = _spell(tokenizer, ids)
-    before = str(tokenizer.decode(tail.tolist(), **_AS_IS))
-    joined = str(tokenizer.decode([*tail.tolist(), *ids.tolist()], **_AS_IS))
-    if not joined.startswith(before) or joined[len(before) :] == text:
-        return text, offsets
-    spelled = joined[len(before) :]
-    moved = max(0, len(spelled) - len(text))
-    return spelled, (offsets + moved).clamp_max(len(spelled))
-
-
-def _spell(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """Returns the text of ids, and each token's range in it."""
-    text = str(tokenizer.decode(ids.tolist(), **_AS_IS))
-    if tokenizer.is_fast:
-        again = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        if again["input_ids"] == ids.tolist():
-            return text, torch.tensor(again["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
-    # Another segmentation than the tokenizer's own, as generated text may have: spell prefixes.
-    ends = [0]
-    for stop in range(1, len(ids) + 1):
-        prefix = str(tokenizer.decode(ids[max(0, stop - _TAIL) : stop].tolist(), **_AS_IS))
-        before = str(tokenizer.decode(ids[max(0, stop - _TAIL) : stop - 1].tolist(), **_AS_IS))
-        ends.append(min(len(text), ends[-1] + max(0, len(prefix) - len(before))))
-    return text, torch.tensor(list(pairwise(ends)), dtype=torch.int64)
