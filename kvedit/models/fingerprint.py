@@ -29,6 +29,7 @@ __all__ = [
     "mark_source",
     "state_key",
     "template_digest",
+    "tensor_version",
     "tokenizer_fingerprint",
     "weight_files",
 ]
@@ -76,10 +77,13 @@ def fingerprint(
 def state_key(model: torch.nn.Module) -> StateKey:
     """Returns a cheap key that changes when a parameter is replaced, moved or written in place."""
     return tuple(
-        # Inference tensors have no counter, and can't be written outside inference mode either.
-        (name, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-        for name, tensor in _tensors(model)
+        (name, tensor.data_ptr(), tensor_version(tensor)) for name, tensor in _tensors(model)
     )
+
+
+def tensor_version(tensor: torch.Tensor) -> int:
+    """Returns the tensor's version counter; inference tensors have none, and count as 0."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def mark_source(model: PreTrainedModel, files: Iterable[Path]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from kvedit.errors import InvalidArgument, UnsupportedModel
 from kvedit.memory import LayerSpec, ModelSpec, RopeSpec
-from kvedit.models.fingerprint import fingerprint, state_key
+from kvedit.models.fingerprint import fingerprint, state_key, tensor_version
 from kvedit.models.observe import LayerObservation, observe
 from kvedit.models.refuse import refuse_unsupported
 from kvedit.models.ropefit import RopeBuffer, fit_rope, moves_values, rope_buffers
@@ -37,6 +37,15 @@ class Inspection:
     spec: ModelSpec
     attention: Mapping[int, torch.nn.Module]
     buffers: Mapping[int, RopeBuffer]
+
+    def rope_key(self) -> tuple[tuple[int, int], ...]:
+        """Returns a cheap key that changes when fixed frequencies are written or replaced.
+
+        Frequencies of types that change with length are left out: they change in normal use.
+        """
+        fixed = (b for b in dict.fromkeys(self.buffers.values()) if b.switch is None)
+        tensors = [buffer.tensor() for buffer in fixed]
+        return tuple((tensor.data_ptr(), tensor_version(tensor)) for tensor in tensors)
 
     def spec_now(self) -> ModelSpec:
         """Returns the spec with the frequencies that are in use at this moment.
@@ -71,8 +80,9 @@ def inspect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = 
         raise InvalidArgument("the model is in training mode (dropout is on): call model.eval()")
     key = (state_key(model), id(getattr(model, "peft_config", None)))
     known = _inspected.get(model)
-    found = known[1] if known and known[0] == key else _read(model)
-    _inspected[model] = (key, found)
+    fresh = known is not None and known[0] == (key, known[1].rope_key())
+    found = known[1] if known and fresh else _read(model)
+    _inspected[model] = ((key, found.rope_key()), found)
     prints = fingerprint(model, tokenizer)
     return replace(found, spec=replace(found.spec, fingerprint=prints))
 

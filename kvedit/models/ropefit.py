@@ -43,9 +43,14 @@ class RopeBuffer:
     kind: str
     switch: int | None
 
+    def tensor(self) -> torch.Tensor:
+        """Returns the buffer ``[pair]``."""
+        found: torch.Tensor = getattr(self.module, f"{self.prefix}inv_freq")
+        return found
+
     def spec(self, layout: Literal["half", "interleaved"] = "half") -> RopeSpec:
         """Returns the rotation by the frequencies that are in the buffer now."""
-        values = getattr(self.module, f"{self.prefix}inv_freq").detach().float().cpu()
+        values = self.tensor().detach().float().cpu()
         scaling = getattr(self.module, f"{self.prefix}attention_scaling", 1.0)
         return RopeSpec(self.kind, tuple(values.tolist()), float(scaling), layout, self.switch)
 
