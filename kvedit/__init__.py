@@ -12,18 +12,33 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "KVMemory": "kvedit.memory",
+    "Signer": "kvedit.store",
     "Span": "kvedit.memory",
     "Store": "kvedit.store",
     "attach": "kvedit.runtime",
     "capture": "kvedit.runtime",
     "compare": "kvedit.memory",
+    "compare_replay": "kvedit.editors.replaying",
+    "divergence": "kvedit.evals",
     "estimate": "kvedit.runtime",
     "generate": "kvedit.runtime",
     "load": "kvedit.models",
+    "rebuild": "kvedit.editors.replaying",
+    "replay": "kvedit.editors.replaying",
     "score": "kvedit.runtime",
     "tap": "kvedit.runtime",
 }
-_MODULES = ("editors", "errors", "memory", "models", "plots", "runtime", "store", "testing")
+_MODULES = (
+    "editors",
+    "errors",
+    "evals",
+    "memory",
+    "models",
+    "plots",
+    "runtime",
+    "store",
+    "testing",
+)
 
 __all__ = ["__version__", "editors", *sorted(_LAZY)]
 

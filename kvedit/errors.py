@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "AmbiguousSpan",
+    "CapacityExceeded",
     "ContextTooLong",
     "CorruptMemory",
     "IncompatibleModel",
@@ -19,8 +20,10 @@ __all__ = [
     "ShapeMismatch",
     "SpanNotFound",
     "TemplateNotCuttable",
+    "TierUnavailable",
     "UnknownName",
     "UnsupportedModel",
+    "UntrustedMemory",
 ]
 
 
@@ -72,8 +75,20 @@ class MutatedMemory(KVEditError):
     """A memory's tensors were changed in place; memories are immutable."""
 
 
+class UntrustedMemory(KVEditError):
+    """A memory is not signed by a key that the store trusts."""
+
+
+class CapacityExceeded(KVEditError):
+    """A tier has no room, and nothing in it may go."""
+
+
 class RaceLost(KVEditError):
     """Somebody else moved the name since it was read."""
+
+
+class TierUnavailable(KVEditError):
+    """A tier of the store can't be reached or answered wrongly."""
 
 
 class UnknownName(KVEditError, LookupError):

@@ -102,7 +102,11 @@ def registered_name(editor: type[Editor]) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Editor):
-        return {"editor": registered_name(type(value)), **value.parameters()}
+        named: dict[str, Any] = {"editor": registered_name(type(value))}
+        # Left out where it is 1: lineages that were written before keep their ids.
+        if value.version != 1:
+            named["version"] = value.version
+        return {**named, **value.parameters()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {key: item for key, item in fields.items() if item is not None}

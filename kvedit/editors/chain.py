@@ -21,10 +21,11 @@ class Chain(Editor):
     Lineage shows the chain as one step whose parameters hold every part.
 
     Args:
-        editors: editors, or mappings with an ``editor`` name and its parameters.
+        editors: editors, or mappings with an ``editor`` name and its parameters; ``version`` may
+            say which version of the editor they are for.
 
     Raises:
-        InvalidArgument: if one of them is neither.
+        InvalidArgument: if one of them is neither, or is for another version of its editor.
     """
 
     editors: tuple[Editor, ...] = ()
@@ -59,7 +60,14 @@ def _built(part: Any) -> Editor:
     if isinstance(part, Mapping):
         if "editor" not in part:
             raise InvalidArgument(f"a part of a chain names its editor, found {dict(part)!r}")
-        part = build(**part)
+        parameters = dict(part)
+        wanted = parameters.pop("version", None)
+        part = build(**parameters)
+        if wanted not in (None, part.version):
+            raise InvalidArgument(
+                f"a part of a chain is for version {wanted!r} of {parameters['editor']}, here it "
+                f"is version {part.version}: equal parameters mean something else"
+            )
     if not isinstance(part, Editor):
         raise InvalidArgument(f"a chain holds editors, found {type(part).__name__}")
     return part

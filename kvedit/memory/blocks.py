@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from blake3 import blake3
 
-from kvedit.memory.digest import digest_tensor
+from kvedit.memory.digest import canonical_json
+from kvedit.memory.parallel import run_all
 
 if TYPE_CHECKING:
     from kvedit.memory.memory import KVMemory
 
-__all__ = ["BLOCK_SLOTS", "FORMAT", "Block", "blocks", "content_document"]
+__all__ = [
+    "BLOCK_SLOTS",
+    "FORMAT",
+    "Block",
+    "SLOT_AXIS",
+    "block_digest",
+    "blocks",
+    "content_document",
+    "rows",
+]
 
 FORMAT = "kvedit.memory.1"
 """Name and version of the content document."""
@@ -22,7 +34,18 @@ FORMAT = "kvedit.memory.1"
 BLOCK_SLOTS = 256
 """Slots of one block; part of the format, since the digests of blocks are part of identity."""
 
-_SLOT_AXIS = {"keys": 1, "values": 1, "positions": 0, "source": 0, "bias": 1}
+SLOT_AXIS = {
+    "bias": 1,
+    "keys": 1,
+    "offsets": 0,
+    "positions": 0,
+    "source": 0,
+    "tokens": 0,
+    "values": 1,
+}
+"""Axis of the slots, by kind of tensor."""
+
+_PARALLEL_FROM = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,43 +57,115 @@ class Block:
         kind: ``"keys"``, ``"values"``, ``"positions"``, ``"source"``, ``"bias"``, ``"tokens"`` or
             ``"offsets"``.
         start: first slot.
-        tensor: the piece, with the axes of its kind.
+        size: slots.
+        whole: the tensor that it is cut from, on the CPU and contiguous.
         digest: BLAKE3 of dtype, shape and canonical bytes, hex.
     """
 
     layer: int
     kind: str
     start: int
-    tensor: torch.Tensor
+    size: int
+    whole: torch.Tensor
     digest: str
 
+    @property
+    def axis(self) -> int:
+        """Axis of the slots."""
+        return SLOT_AXIS[self.kind]
 
-def blocks(memory: KVMemory) -> Iterator[Block]:
-    """Yields all blocks of a memory, layer by layer, in one fixed order."""
-    for index, layer in memory.layers.items():
-        for kind, tensor in layer.tensors():
-            yield from _cut(index, kind, tensor, _SLOT_AXIS[kind])
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The piece, with the axes of its kind; a view."""
+        return self.whole.narrow(self.axis, self.start, self.size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Axes of the piece."""
+        shape = list(self.whole.shape)
+        shape[self.axis] = self.size
+        return tuple(shape)
+
+
+def blocks(memory: KVMemory) -> list[Block]:
+    """Returns all blocks of a memory, layer by layer, in one fixed order."""
+    tensors = [
+        (index, kind, tensor)
+        for index, layer in memory.layers.items()
+        for kind, tensor in layer.tensors()
+    ]
     if memory.source is not None:
-        yield from _cut(-1, "tokens", memory.source.tokens, 0)
-        yield from _cut(-1, "offsets", memory.source.offsets, 0)
+        tensors += [(-1, kind, tensor) for kind, tensor in memory.source.tensors()]
+    large = sum(tensor.nbytes for _, _, tensor in tensors) > _PARALLEL_FROM
+    return [block for cut in run_all(_cut, tensors, large) for block in cut]
 
 
-def _cut(layer: int, kind: str, tensor: torch.Tensor, axis: int) -> Iterator[Block]:
+def rows(tensor: torch.Tensor, axis: int, start: int, size: int) -> list[memoryview]:
+    """Returns the runs of bytes that make slots ``start`` to ``start + size`` of a tensor.
+
+    A block of ``[head, slot, dim]`` is one run per head; of ``[slot, ...]`` it is one run.
+
+    Args:
+        tensor: contiguous and on the CPU.
+        axis: axis of the slots.
+        start: first slot.
+        size: slots.
+    """
+    data = memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    outer = tensor.shape[0] if axis else 1
+    stride = len(data) // max(outer, 1)
+    if not stride:
+        return []
+    step = stride // tensor.shape[axis]
+    first, length = start * step, size * step
+    return [data[at : at + length] for at in range(first, outer * stride, stride)]
+
+
+@lru_cache(maxsize=4096)
+def digest_head(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """Returns what a block's digest covers before its bytes, as ``digest_tensor`` has it."""
+    return canonical_json({"dtype": dtype, "shape": list(shape)}) + b"\n"
+
+
+def block_digest(dtype: str, shape: tuple[int, ...], runs: list[memoryview]) -> str:
+    """Returns the digest of a block, from its runs of bytes.
+
+    Args:
+        dtype: its name, for example ``"bfloat16"``.
+        shape: its axes.
+        runs: its bytes in row-major order.
+    """
+    hasher = blake3(digest_head(dtype, shape))
+    for run in runs:
+        hasher.update(run)
+    return hasher.hexdigest()
+
+
+def _cut(item: tuple[int, str, torch.Tensor]) -> list[Block]:
+    layer, kind, tensor = item
+    axis = SLOT_AXIS[kind]
+    whole = _packed(tensor.detach().cpu())
+    dtype = str(whole.dtype).removeprefix("torch.")
+    return list(_pieces(layer, kind, whole, axis, dtype))
+
+
+def _pieces(layer: int, kind: str, whole: torch.Tensor, axis: int, dtype: str) -> Iterator[Block]:
     # An empty tensor is one empty block, so that its shape and dtype are kept.
-    for start in range(0, max(tensor.shape[axis], 1), BLOCK_SLOTS):
-        size = min(BLOCK_SLOTS, tensor.shape[axis] - start)
-        piece = _packed(tensor.narrow(axis, start, size))
-        yield Block(layer, kind, start, piece, digest_tensor(piece))
+    slots = whole.shape[axis]
+    for start in range(0, max(slots, 1), BLOCK_SLOTS):
+        size = min(BLOCK_SLOTS, slots - start)
+        shape = (*whole.shape[:axis], size, *whole.shape[axis + 1 :])
+        digest = block_digest(dtype, shape, rows(whole, axis, start, size))
+        yield Block(layer, kind, start, size, whole, digest)
 
 
-def _packed(piece: torch.Tensor) -> torch.Tensor:
-    """Returns ``piece`` with its elements side by side; a view where they are so already."""
-    if piece.is_contiguous() or piece.device.type != "cpu" or piece.stride(-1) != 1:
-        return piece.contiguous()
-    # torch starts its thread pool for a copy of this size, once per block; on a busy machine that
-    # costs many times the copy. numpy copies in this thread.
-    raw = np.ascontiguousarray(piece.detach().view(torch.uint8).numpy())
-    return torch.from_numpy(raw).view(piece.dtype)
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor with its elements side by side; itself where they are so already."""
+    if tensor.is_contiguous() or tensor.ndim == 0 or tensor.stride(-1) != 1:
+        return tensor.contiguous()
+    # torch starts its thread pool for a copy of this size; numpy copies in this thread.
+    raw = np.ascontiguousarray(tensor.view(torch.uint8).numpy())
+    return torch.from_numpy(raw).view(tensor.dtype)
 
 
 def content_document(memory: KVMemory, cut: list[Block]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -56,7 +57,7 @@ class LineageNode:
     seed: int | None = None
     environment: tuple[tuple[str, str], ...] = ()
 
-    @property
+    @cached_property
     def id(self) -> str:
         """BLAKE3 (hex) of everything but the environment."""
         data = asdict(self)

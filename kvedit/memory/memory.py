@@ -77,10 +77,11 @@ class KVMemory:
         object.__setattr__(self, "layers", MappingProxyType(ordered))
         if not ordered:
             raise InvalidArgument("a memory needs at least one layer")
+        ranges: dict[int, tuple[int, int]] = {}
         for index, layer in ordered.items():
-            self._check_layer(index, layer)
+            self._check_layer(index, layer, ranges)
 
-    def _check_layer(self, index: int, layer: LayerKV) -> None:
+    def _check_layer(self, index: int, layer: LayerKV, ranges: dict[int, tuple[int, int]]) -> None:
         if not 0 <= index < len(self.model.layers):
             raise UnknownName("layer", str(index), map(str, range(len(self.model.layers))))
         spec = self.model.layers[index]
@@ -94,12 +95,13 @@ class KVMemory:
             expect_axes(f"{where} bias", layer.bias, "query_head slot", query_head=heads)
         if layer.slots == 0:
             return
-        if int(layer.positions.max()) >= self.next_position or int(layer.positions.min()) < 0:
+        first, last = _range(layer.positions, ranges)
+        if last >= self.next_position or first < 0:
             raise InvalidArgument(
-                f"{where}: positions {int(layer.positions.min())} to {int(layer.positions.max())}"
-                f" must lie in 0 to next_position - 1 = {self.next_position - 1}"
+                f"{where}: positions {first} to {last} must lie in 0 to next_position - 1 = "
+                f"{self.next_position - 1}"
             )
-        lowest, highest = int(layer.source.min()), int(layer.source.max())
+        lowest, highest = _range(layer.source, ranges)
         if lowest < -1 or highest >= self.tokens_count:
             raise InvalidArgument(
                 f"{where}: source names tokens {lowest} to {highest}; expected 0 to "
@@ -213,7 +215,7 @@ class KVMemory:
     def cut(self) -> list[Block]:
         """Returns all blocks with their digests; the store writes these."""
         self.check_unmodified()
-        return list(blocks(self))
+        return blocks(self)
 
     @cached_property
     def _content(self) -> str:
@@ -252,3 +254,11 @@ class KVMemory:
         from kvedit.memory.show import describe_html
 
         return describe_html(self)
+
+
+def _range(tensor: torch.Tensor, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Returns the smallest and largest element; layers often share one tensor."""
+    if id(tensor) not in known:
+        low, high = torch.aminmax(tensor)
+        known[id(tensor)] = (int(low), int(high))
+    return known[id(tensor)]

@@ -269,7 +269,7 @@ def _likelihood(side: Side) -> Mapping[str, float]:
     return side.likelihood
 
 
-def _drift(drift: steps.Divergence | None) -> Mapping[str, float]:
+def _drift(drift: steps.Drift | None) -> Mapping[str, float]:
     return {"kl": drift.kl, "worst": drift.worst, "agreement": drift.agreement} if drift else {}
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvedit.memory.show import human_bytes
-from kvedit.runs.steps import Answer, Divergence, Question
+from kvedit.runs.steps import Answer, Drift, Question
 
 __all__ = ["COLUMNS", "Report", "Side", "align"]
 
@@ -67,7 +67,7 @@ class Report:
     editor: Mapping[str, Any]
     before: Side
     after: Side
-    drift: Divergence | None
+    drift: Drift | None
     lossless: float
     record: str
     version: int

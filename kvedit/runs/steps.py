@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from kvedit.errors import InvalidArgument
+from kvedit.evals.divergence import token_divergence
 from kvedit.memory import KVMemory
 from kvedit.memory.digest import digest_tensor
 from kvedit.runtime import attach, score
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
-    "Divergence",
+    "Drift",
     "Loaded",
     "Question",
     "answer",
@@ -96,7 +97,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Divergence:
+class Drift:
     """How far two memories' next-token distributions are apart, over the tokens of answers.
 
     Args:
@@ -245,7 +246,7 @@ def likelihood(loaded: Loaded, memory: KVMemory, question: Question) -> dict[str
 
 def diverge(
     loaded: Loaded, before: KVMemory, after: KVMemory, answers: Mapping[str, Answer]
-) -> Divergence | None:
+) -> Drift | None:
     """Returns how far ``after`` is from ``before`` over given answers; None without any.
 
     Args:
@@ -258,16 +259,16 @@ def diverge(
     for question, given in answers.items():
         ids = torch.tensor(given.tokens)
         first, second = (
-            score(loaded.model, loaded.tokenizer, memory, question, [ids])[0].logits.double()
+            score(loaded.model, loaded.tokenizer, memory, question, [ids])[0].logits
             for memory in (before, after)
         )
-        p, q = first.log_softmax(dim=-1), second.log_softmax(dim=-1)
-        divergences.append((p.exp() * (p - q)).sum(dim=-1))
-        same.append(first.argmax(dim=-1) == second.argmax(dim=-1))
+        kl, agreed = token_divergence(first, second)
+        divergences.append(kl)
+        same.append(agreed)
     if not divergences:
         return None
     kl, agree = torch.cat(divergences), torch.cat(same)
-    return Divergence(float(kl.mean()), float(kl.max()), float(agree.double().mean()), len(kl))
+    return Drift(float(kl.mean()), float(kl.max()), float(agree.double().mean()), len(kl))
 
 
 def _ids(loaded: Loaded, text: str) -> list[int]:

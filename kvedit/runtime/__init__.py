@@ -4,6 +4,7 @@ from kvedit.runtime.attaching import attach
 from kvedit.runtime.capturing import Estimate, capture, estimate
 from kvedit.runtime.oneshot import Score, generate, score
 from kvedit.runtime.reading import ModelReader
+from kvedit.runtime.recapture import recapturer
 from kvedit.runtime.session import Reply, Session
 from kvedit.runtime.tapping import SITES, Tap, tap
 
@@ -19,6 +20,7 @@ __all__ = [
     "capture",
     "estimate",
     "generate",
+    "recapturer",
     "score",
     "tap",
 ]

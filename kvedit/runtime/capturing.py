@@ -140,7 +140,7 @@ def _capture_batch(
             stop = start + _chunk(found, longest, chunk)
             session.forward(ids[:, start:stop], valid[:, start:stop], keep=1)
         return [
-            _memory(session, row, source, kept, window, parameters)
+            _memory(session, row, source, kept, window, parameters, chunk)
             for row, source in enumerate(sources)
         ]
 
@@ -158,6 +158,7 @@ def _memory(
     kept: list[int],
     window: str,
     parameters: dict[str, Any],
+    chunk: int,
 ) -> KVMemory:
     spec = session.inspection.spec_now()
     layers = row_layers(session, row, source, final=True)
@@ -171,7 +172,7 @@ def _memory(
         version=1,
         parameters=canonical_json({**identity, **parameters}).decode(),
         reproducibility="reader",
-        environment=environment(session.model.dtype),
+        environment=tuple(sorted((*environment(session.model.dtype), ("chunk", str(chunk))))),
     )
     return KVMemory(chosen, spec, len(source), source, Lineage((node,)))
 

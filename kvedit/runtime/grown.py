@@ -28,7 +28,7 @@ def grown_memory(session: Session, row: int) -> KVMemory:
         name="grow",
         version=1,
         parameters=canonical_json({"tokens": digest_tensor(fed)}).decode(),
-        inputs=(base.lineage.head.id,) if base and base.lineage.head else (),
+        inputs=_inputs(base),
         reproducibility="reader",
         environment=environment(session.model.dtype),
     )
@@ -42,6 +42,13 @@ def grown_memory(session: Session, row: int) -> KVMemory:
         rules=base.rules if base else (),
         verified=base.verified if base else True,
     )
+
+
+def _inputs(base: KVMemory | None) -> tuple[str, ...]:
+    if base is None:
+        return ()
+    # A memory without history is named by what is in it.
+    return (base.lineage.head.id if base.lineage.head else base.digest,)
 
 
 def row_layers(

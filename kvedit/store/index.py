@@ -5,39 +5,27 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from kvedit.errors import CorruptMemory, InvalidArgument
+from kvedit.errors import CorruptMemory
 from kvedit.store.database import DamagedIndex, Database, transaction
 from kvedit.store.journal import Journal, Position
 from kvedit.store.layout import Layout
-from kvedit.store.pack import Pack
 from kvedit.store.records import Entry, Record
+from kvedit.store.tables import COLUMNS, FACTS, SCHEMA, VERSION, apply_event
 
-__all__ = ["Index"]
+__all__ = ["Index", "PackRow"]
 
 Result = TypeVar("Result")
+PackRow = tuple[str, int, bool]
+"""Digest of a pack, its bytes, and whether a tier below has it."""
 
-_VERSION = 1
-
-_SCHEMA = (
-    "CREATE TABLE applied (bytes INTEGER, sequence INTEGER, checksum TEXT)",
-    "INSERT INTO applied VALUES (0, 0, '')",
-    "CREATE TABLE packs (id INTEGER PRIMARY KEY, digest TEXT UNIQUE, bytes INTEGER)",
-    "CREATE TABLE blocks (digest TEXT PRIMARY KEY, pack INTEGER) WITHOUT ROWID",
-    """CREATE TABLE versions (
-        name TEXT, version INTEGER, record TEXT, content TEXT, created TEXT, message TEXT,
-        tags TEXT, bytes INTEGER, slots INTEGER, tokens INTEGER, layers INTEGER, dtype TEXT,
-        model TEXT, sequence INTEGER, PRIMARY KEY (name, version)) WITHOUT ROWID""",
-    "CREATE INDEX versions_record ON versions (record)",
-    "CREATE INDEX versions_content ON versions (content)",
+_ALIVE = "(expires IS NULL OR expires > ?)"
+_ENTRIES = (
+    "SELECT v.*, n.versions AS versions, n.pinned AS pinned, n.fixed AS fixed FROM names AS n "
+    "JOIN versions AS v ON v.name = n.name AND v.version = n.head"
 )
-_COLUMNS = (
-    "name, version, record, content, created, message, tags, bytes, slots, tokens, layers, dtype,"
-    " model"
-)
-_FACTS = ("bytes", "slots", "tokens", "layers", "dtype", "model")
 
 
 class Index:
@@ -51,39 +39,84 @@ class Index:
     def __init__(self, layout: Layout, journal: Journal) -> None:
         self._layout = layout
         self._journal = journal
-        self._database = Database(layout, _VERSION)
+        self._database = Database(layout, VERSION)
 
-    # Questions
+    # Questions about names
 
     def versions(self, name: str) -> list[Record]:
         """Returns the versions of a name, the newest first; empty if there is no such name."""
         rows = self._rows(
-            f"SELECT {_COLUMNS} FROM versions WHERE name = ? ORDER BY version DESC", name
+            f"SELECT {COLUMNS} FROM versions WHERE name = ? AND {_ALIVE} ORDER BY version DESC",
+            name,
+            now(),
         )
-        return [Record(**_plain(row)) for row in rows]
+        return [_record(row) for row in rows]
 
     def newest(self, name: str, back: int = 0) -> Record | None:
         """Returns the version that is ``back`` before the newest, or None."""
         rows = self._rows(
-            f"SELECT {_COLUMNS} FROM versions WHERE name = ? ORDER BY version DESC "
+            f"SELECT {COLUMNS} FROM versions WHERE name = ? AND {_ALIVE} ORDER BY version DESC "
             "LIMIT 1 OFFSET ?",
             name,
+            now(),
             back,
         )
-        return Record(**_plain(rows[0])) if rows else None
+        return _record(rows[0]) if rows else None
 
-    def entries(self) -> list[Entry]:
-        """Returns every name with its newest version."""
+    def entries(
+        self,
+        condition: str = "1",
+        values: Sequence[Any] = (),
+        after: str = "",
+        limit: int = -1,
+    ) -> list[Entry]:
+        """Returns names with their newest versions, in order of the names.
+
+        Args:
+            condition: SQL over the columns of a version, from ``Where.sql``.
+            values: its parameters.
+            after: only names behind this one.
+            limit: how many at most; -1 for all.
+        """
         rows = self._rows(
-            f"SELECT {_COLUMNS}, (SELECT COUNT(*) FROM versions AS w WHERE "
-            "w.name = v.name) AS versions FROM versions AS v WHERE version = (SELECT MAX(version)"
-            " FROM versions AS w WHERE w.name = v.name) ORDER BY name"
+            f"SELECT * FROM ({_ENTRIES}) AS v WHERE v.name > ? AND {_ALIVE} AND ({condition}) "
+            "ORDER BY v.name LIMIT ?",
+            after,
+            now(),
+            *values,
+            limit,
         )
-        return [Entry(**_plain(row), versions=row["versions"]) for row in rows]
+        return [_entry(row) for row in rows]
+
+    def entry(self, name: str) -> Entry | None:
+        """Returns a name with its newest version, or None; also where it has expired."""
+        rows = self._rows(f"{_ENTRIES} WHERE n.name = ?", name)
+        return _entry(rows[0]) if rows else None
 
     def names(self) -> list[str]:
         """Returns all names in order."""
-        return [row["name"] for row in self._rows("SELECT DISTINCT name FROM versions ORDER BY 1")]
+        rows = self._rows(
+            "SELECT n.name AS name FROM names AS n JOIN versions AS v ON v.name = n.name AND "
+            f"v.version = n.head WHERE {_ALIVE} ORDER BY 1",
+            now(),
+        )
+        return [row["name"] for row in rows]
+
+    def totals(self) -> tuple[int, int]:
+        """Returns how many names there are, and the bytes of their newest versions."""
+        row = self._rows(f"SELECT COUNT(*) AS n, TOTAL(bytes) AS b FROM ({_ENTRIES})")
+        return (row[0]["n"], int(row[0]["b"])) if row else (0, 0)
+
+    def expired(self) -> list[tuple[str, int]]:
+        """Returns name and version of what has expired and is not pinned."""
+        rows = self._rows(
+            "SELECT v.name, v.version FROM versions AS v JOIN names AS n ON n.name = v.name "
+            "WHERE v.expires IS NOT NULL AND v.expires <= ? AND NOT n.pinned",
+            now(),
+        )
+        return [(row["name"], row["version"]) for row in rows]
+
+    # Questions about digests
 
     def digests(self, prefix: str, limit: int = 9) -> list[str]:
         """Returns the record and content digests of named versions that begin so."""
@@ -100,21 +133,155 @@ class Index:
     def by_digest(self, digest: str) -> Record | None:
         """Returns the newest version with that record or content digest."""
         rows = self._rows(
-            f"SELECT {_COLUMNS} FROM versions WHERE record = ? OR content = ? "
+            f"SELECT {COLUMNS} FROM versions WHERE (record = ? OR content = ?) AND {_ALIVE} "
             "ORDER BY sequence DESC LIMIT 1",
             digest,
             digest,
+            now(),
         )
-        return Record(**_plain(rows[0])) if rows else None
+        return _record(rows[0]) if rows else None
 
-    def locate(self, blocks: Iterable[str]) -> dict[str, tuple[str, int]]:
-        """Returns, for each block that is stored, its pack and that pack's size in bytes."""
+    def bases(self) -> dict[str, str]:
+        """Returns, for every recipe, the record that it is rebuilt from."""
+        rows = self._rows("SELECT record, base FROM versions WHERE base IS NOT NULL")
+        return {row["record"]: row["base"] for row in rows}
+
+    def records(self) -> list[str]:
+        """Returns the record digests of all versions, and of what recipes are rebuilt from."""
+        rows = self._rows("SELECT record AS r FROM versions UNION SELECT base FROM versions")
+        return [row["r"] for row in rows if row["r"]]
+
+    def signature(self, record: str) -> dict[str, Any] | None:
+        """Returns the signature that came with a record, as plain data, or None."""
         rows = self._rows(
-            "SELECT b.digest AS digest, p.digest AS pack, p.bytes AS bytes FROM json_each(?) AS j "
-            "JOIN blocks AS b ON b.digest = j.value JOIN packs AS p ON p.id = b.pack",
+            "SELECT signature FROM versions WHERE record = ? AND signature IS NOT NULL "
+            "ORDER BY sequence DESC LIMIT 1",
+            record,
+        )
+        return dict(json.loads(rows[0]["signature"])) if rows else None
+
+    def event(self, record: str) -> dict[str, Any]:
+        """Returns what a put of this record says of it, whatever its name."""
+        rows = self._rows("SELECT * FROM versions WHERE record = ? LIMIT 1", record)
+        return self._event(rows[0], ("record", "content", "codec"))
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Returns the puts of a name, the oldest first, as the log has them, without packs."""
+        rows = self._rows(
+            "SELECT v.*, n.fixed AS fixed FROM versions AS v JOIN names AS n ON n.name = v.name "
+            f"WHERE v.name = ? AND {_ALIVE} ORDER BY v.version",
+            name,
+            now(),
+        )
+        kept = ("record", "content", "codec", "name", "message", "source", "licence", "expires")
+        found = []
+        for row in rows:
+            event = {"event": "put", **self._event(row, kept), "time": row["created"]}
+            event |= {"tags": json.loads(row["tags"]), "metrics": json.loads(row["metrics"])}
+            found.append({**event, "fixed": bool(row["fixed"])})
+        return found
+
+    def _event(self, row: sqlite3.Row, kept: Sequence[str]) -> dict[str, Any]:
+        query = "SELECT node FROM nodes WHERE record = ? ORDER BY head, node"
+        nodes = [node["node"] for node in self._rows(query, row["record"])]
+        found: dict[str, Any] = {name: row[name] for name in kept}
+        if row["base"]:
+            found["base"] = row["base"]
+        if row["signature"]:
+            found["signature"] = json.loads(row["signature"])
+        return {**found, "facts": {name: row[name] for name in FACTS}, "nodes": nodes}
+
+    def made_of(self, node: str, head: bool = False) -> list[Record]:
+        """Returns the versions that have a step in their lineage, the newest first.
+
+        Args:
+            node: id of the step.
+            head: whether it must be their last one.
+        """
+        rows = self._rows(
+            f"SELECT {COLUMNS} FROM versions WHERE record IN (SELECT record FROM nodes WHERE "
+            f"node = ? AND head >= ?) AND {_ALIVE} ORDER BY sequence DESC",
+            node,
+            int(head),
+            now(),
+        )
+        return [_record(row) for row in rows]
+
+    def of_source(self, source: str) -> list[Record]:
+        """Returns the versions that were put with this source, the newest first."""
+        rows = self._rows(
+            f"SELECT {COLUMNS} FROM versions WHERE source = ? AND {_ALIVE} ORDER BY sequence DESC",
+            source,
+            now(),
+        )
+        return [_record(row) for row in rows]
+
+    # Questions about packs
+
+    def locate(self, blocks: Iterable[str]) -> dict[str, tuple[str, int, bool]]:
+        """Returns, for each block that is stored, its pack: digest, bytes, whether pushed."""
+        rows = self._rows(
+            "SELECT b.digest AS digest, p.digest AS pack, p.bytes AS bytes, p.pushed AS pushed "
+            "FROM json_each(?) AS j JOIN blocks AS b ON b.digest = j.value "
+            "JOIN packs AS p ON p.id = b.pack",
             json.dumps(sorted(set(blocks))),
         )
-        return {row["digest"]: (row["pack"], row["bytes"]) for row in rows}
+        return {row["digest"]: (row["pack"], row["bytes"], bool(row["pushed"])) for row in rows}
+
+    def manifest_pack(self, record: str) -> str | None:
+        """Returns the pack that holds the manifest of a record, or None."""
+        rows = self._rows(
+            "SELECT p.digest AS pack FROM manifests AS m JOIN packs AS p ON p.id = m.pack "
+            "WHERE m.record = ?",
+            record,
+        )
+        return str(rows[0]["pack"]) if rows else None
+
+    def packs(self) -> list[PackRow]:
+        """Returns all packs."""
+        rows = self._rows("SELECT digest, bytes, pushed FROM packs ORDER BY id")
+        return [(row["digest"], row["bytes"], bool(row["pushed"])) for row in rows]
+
+    def packs_of(self, digests: Iterable[str]) -> list[PackRow]:
+        """Returns those of the packs that the index knows."""
+        rows = self._rows(
+            "SELECT p.digest, p.bytes, p.pushed FROM json_each(?) AS j "
+            "JOIN packs AS p ON p.digest = j.value",
+            json.dumps(sorted(digests)),
+        )
+        return [(row["digest"], row["bytes"], bool(row["pushed"])) for row in rows]
+
+    def pushed_version(self, name: str) -> int:
+        """Returns the newest version of a name that a tier below has, 0 for none."""
+        rows = self._rows("SELECT pushed FROM names WHERE name = ?", name)
+        return int(rows[0]["pushed"]) if rows else 0
+
+    def unpushed(self) -> list[str]:
+        """Returns names with versions that no tier below has, and removed names it still has."""
+        rows = self._rows(
+            "SELECT name FROM names WHERE pushed < head UNION SELECT name FROM removed ORDER BY 1"
+        )
+        return [row["name"] for row in rows]
+
+    def removed(self) -> set[str]:
+        """Returns removed names that a tier below still has."""
+        return {row["name"] for row in self._rows("SELECT name FROM removed")}
+
+    def contents(self) -> dict[str, tuple[set[str], set[str]]]:
+        """Returns the blocks and the manifests that are to be found in each pack."""
+        found: dict[str, tuple[set[str], set[str]]] = {}
+        for column, table, digest in ((0, "blocks", "digest"), (1, "manifests", "record")):
+            rows = self._rows(
+                f"SELECT p.digest AS pack, t.{digest} AS one FROM {table} AS t "
+                "JOIN packs AS p ON p.id = t.pack"
+            )
+            for row in rows:
+                found.setdefault(row["pack"], (set(), set()))[column].add(row["one"])
+        return found
+
+    def knows_pack(self, digest: str) -> bool:
+        """Returns whether the index has a pack."""
+        return bool(self._rows("SELECT 1 AS yes FROM packs WHERE digest = ?", digest))
 
     # Changes; the caller holds the lock
 
@@ -131,7 +298,7 @@ class Index:
         """Makes the index again from the log."""
 
         def fill(connection: sqlite3.Connection) -> None:
-            for statement in _SCHEMA:
+            for statement in SCHEMA:
                 connection.execute(statement)
             self._apply_new(connection)
 
@@ -157,48 +324,7 @@ class Index:
         return end
 
     def _apply(self, connection: sqlite3.Connection, event: dict[str, Any]) -> None:
-        if event["event"] == "remove":
-            connection.execute("DELETE FROM versions WHERE name = ?", (event["name"],))
-        elif event["event"] == "put":
-            for pack in event["packs"]:
-                self._apply_pack(connection, pack)
-            facts = [event["facts"][name] for name in _FACTS]
-            connection.execute(
-                f"INSERT INTO versions ({_COLUMNS}, sequence) VALUES (?, (SELECT COUNT(*) + 1 "
-                "FROM versions WHERE name = ?), ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    event["name"],
-                    event["name"],
-                    event["record"],
-                    event["content"],
-                    event["time"],
-                    event["message"],
-                    json.dumps(event["tags"]),
-                    *facts,
-                    event["sequence"],
-                ),
-            )
-        else:
-            raise InvalidArgument(
-                f"{self._layout.log}: line {event['sequence']} is a {event['event']!r}; this "
-                "kvedit knows 'put' and 'remove': use a newer kvedit"
-            )
-
-    def _apply_pack(self, connection: sqlite3.Connection, digest: str) -> None:
-        try:
-            pack = Pack.open(self._layout.pack(digest))
-        except CorruptMemory:
-            return  # reading one of its blocks says so; the other memories stay readable
-        connection.execute(
-            "INSERT INTO packs (digest, bytes) VALUES (?, ?) "
-            "ON CONFLICT (digest) DO UPDATE SET bytes = excluded.bytes",
-            (digest, pack.size),
-        )
-        row = connection.execute("SELECT id FROM packs WHERE digest = ?", (digest,)).fetchone()
-        connection.executemany(
-            "INSERT OR REPLACE INTO blocks VALUES (?, ?)",
-            ((block, row[0]) for block in pack.entries),
-        )
+        apply_event(connection, event, self._layout)
 
     def _rows(self, query: str, *values: Any) -> Sequence[sqlite3.Row]:
         if not self._layout.exists():
@@ -224,13 +350,41 @@ class Index:
                 return action()
 
 
+def now() -> str:
+    """Returns the time as the log writes it: UTC, always with microseconds, so that it sorts."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
 def _plain(row: sqlite3.Row) -> dict[str, Any]:
-    values = {name.strip(): row[name.strip()] for name in _COLUMNS.split(",")}
+    values = {name.strip(): row[name.strip()] for name in COLUMNS.split(",")}
     try:
-        created, tags = datetime.fromisoformat(values["created"]), json.loads(values["tags"])
-        return {**values, "created": created, "tags": tuple(tags)}
-    except (ValueError, TypeError) as error:
+        signature = values.pop("signature")
+        expires = values["expires"]
+        return {
+            **values,
+            "created": datetime.fromisoformat(values["created"]),
+            "tags": tuple(json.loads(values["tags"])),
+            "source": values["source"] or "",
+            "licence": values["licence"] or "",
+            "metrics": json.loads(values["metrics"]),
+            "expires": datetime.fromisoformat(expires) if expires else None,
+            "signed_by": json.loads(signature)["key"] if signature else "",
+        }
+    except (ValueError, TypeError, LookupError) as error:
         raise CorruptMemory(
             f"the index is damaged at {values['name']}: Store.rebuild_index() makes it again from "
             "the log"
         ) from error
+
+
+def _record(row: sqlite3.Row) -> Record:
+    return Record(**_plain(row))
+
+
+def _entry(row: sqlite3.Row) -> Entry:
+    return Entry(
+        **_plain(row),
+        versions=row["versions"],
+        pinned=bool(row["pinned"]),
+        fixed=bool(row["fixed"]),
+    )

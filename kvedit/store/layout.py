@@ -6,23 +6,25 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock, Timeout
 
 from kvedit.errors import CorruptMemory, InvalidArgument
-from kvedit.memory.digest import canonical_json
+from kvedit.memory.digest import canonical_json, digest_bytes
 from kvedit.store.refs import is_digest
 
 __all__ = ["Durability", "Layout", "write_all"]
 
 Durability = Literal["full", "process", "none"]
 
-_FORMAT = {"format": "kvedit.store", "version": 1}
+_FORMAT = {"format": "kvedit.store", "version": 2}
+_READ = (1, 2)
 _TEMPORARY = ".tmp-"
+_INTENT = "intent-"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
@@ -32,26 +34,36 @@ class Layout:
     Args:
         root: the folder.
         durability: ``"full"`` syncs every file and folder that it writes to the disk.
+        namespace: the tenant; each has a folder of its own in there, with nothing shared.
 
     Raises:
         InvalidArgument: if the folder is no store of this format, or the path no local folder.
     """
 
-    def __init__(self, root: str | os.PathLike[str], durability: Durability) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], durability: Durability, namespace: str = ""
+    ) -> None:
         if durability not in ("full", "process", "none"):
             raise InvalidArgument(
                 f"durability must be 'full', 'process' or 'none', found {durability!r}"
             )
         if _URL.match(os.fspath(root)):
-            raise InvalidArgument(f"{os.fspath(root)}: only local folders are supported so far")
+            raise InvalidArgument(f"{os.fspath(root)} is no local folder")
         self.root = Path(root).expanduser().absolute()
+        if namespace:
+            self.root = self.root / "namespaces" / digest_bytes(namespace.encode())[:32]
+        self.namespace = namespace
         self.durability: Durability = durability
         self.marker = self.root / "kvedit-store.json"
         self.packs = self.root / "packs"
+        self.headers = self.root / "headers"
         self.manifests = self.root / "manifests"
+        self.quarantine = self.root / "quarantine"
+        self.temporary = self.root / "tmp"
         self.log = self.root / "log.jsonl"
         self.index = self.root / "index.sqlite"
         self._lock: tuple[int, FileLock] | None = None
+        self._made = False
         self._check()
 
     @property
@@ -65,8 +77,12 @@ class Layout:
         """Returns the file of a pack."""
         return self.packs / f"{_safe(digest)}.safetensors"
 
+    def header(self, digest: str) -> Path:
+        """Returns the file that keeps the header of a pack that lies elsewhere."""
+        return self.headers / f"{_safe(digest)}.safetensors"
+
     def manifest(self, record: str) -> Path:
-        """Returns the file of a manifest."""
+        """Returns the file of a manifest in a store of version 1."""
         return self.manifests / f"{_safe(record)}.json"
 
     def pack_size(self, digest: str) -> int:
@@ -82,21 +98,22 @@ class Layout:
 
     def create(self) -> None:
         """Makes folder, marker and log where they are missing."""
-        if all(p.exists() for p in (self.marker, self.packs, self.manifests, self.log)):
+        if self._made and self.log.exists():
             return
         self.root.mkdir(parents=True, exist_ok=True)
         with self.lock:
-            if not self.exists():
+            for folder in (self.temporary, self.packs, self.headers):
+                folder.mkdir(exist_ok=True)
+            if not self.exists() or self._version() != _FORMAT["version"]:
                 self.publish(self.marker, [canonical_json(_FORMAT)])
-            self.packs.mkdir(exist_ok=True)
-            self.manifests.mkdir(exist_ok=True)
             if not self.log.exists():
                 self._start_log()
             self.sync_folder(self.root)
+        self._made = True
 
     def _start_log(self) -> None:
         # An empty log in a store that holds memories would forget what was put and removed.
-        if any(self.manifests.glob("*.json")):
+        if any(self.packs.glob("*.safetensors")) or any(self.manifests.glob("*.json")):
             raise CorruptMemory(f"{self.log} is missing: restore it from a backup")
         self.log.touch()
 
@@ -106,7 +123,7 @@ class Layout:
         On failure the temporary file is removed, and so is a file that was not there before.
         """
         existed = path.exists()
-        temporary = path.parent / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
+        temporary = self.temporary / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
         try:
             size = self._write(temporary, chunks)
             os.replace(temporary, path)  # noqa: PTH105 - one name for fault injection
@@ -144,11 +161,43 @@ class Layout:
         finally:
             os.close(file)
 
+    @contextmanager
+    def intent(self, packs: Iterable[str]) -> Iterator[None]:
+        """Writes down, for as long as it takes, which packs appear or go.
+
+        Where the process dies inside, the next one finds the note and removes those of the packs
+        that the index does not know. No sync: after a loss of power there may be files too many,
+        which a collection of garbage finds, and never one too few.
+        """
+        names = sorted(packs)
+        if not names:
+            yield
+            return
+        path = self.temporary / f"{_INTENT}{os.getpid()}-{secrets.token_hex(8)}"
+        path.write_bytes(canonical_json(names))
+        try:
+            yield
+        except Exception:
+            path.unlink(missing_ok=True)  # what failed has cleaned up; an interrupt may not have
+            raise
+        path.unlink(missing_ok=True)
+
+    def intended(self) -> list[str]:
+        """Returns the packs of writers that died, and forgets them; the caller holds the lock."""
+        found: list[str] = []
+        for path in self.temporary.glob(f"{_INTENT}*"):
+            with suppress(ValueError, OSError):
+                found += [name for name in json.loads(path.read_bytes()) if is_digest(name)]
+        return found
+
     def sweep(self) -> None:
         """Removes temporary files of writers that died; the caller holds the lock."""
-        for folder in (self.root, self.packs, self.manifests):
-            for path in folder.glob(f"{_TEMPORARY}*"):
-                path.unlink(missing_ok=True)
+        for path in self.temporary.glob("*"):
+            path.unlink(missing_ok=True)
+        if self.exists() and self._version() == 1:
+            for folder in (self.root, self.packs, self.manifests):
+                for path in folder.glob(f"{_TEMPORARY}*"):
+                    path.unlink(missing_ok=True)
 
     def try_lock(self) -> bool:
         """Returns whether the lock was free; it is held then."""
@@ -160,7 +209,8 @@ class Layout:
     def _check(self) -> None:
         if not self.exists():
             names = [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
-            ours = ("lock", self.marker.name)  # a first put that died left no more than these
+            # A first put that died left no more than these.
+            ours = ("lock", "namespaces", "tmp", "packs", "headers", self.marker.name)
             if self.root.is_file() or any(
                 name not in ours and not name.startswith(_TEMPORARY) for name in names
             ):
@@ -169,16 +219,20 @@ class Layout:
                     "choose an empty folder"
                 )
             return
+        self._version()
+
+    def _version(self) -> int:
         try:
             found = json.loads(self.marker.read_bytes())
             name, version = found["format"], found["version"]
         except (ValueError, TypeError, LookupError) as error:
             raise CorruptMemory(f"{self.marker} is damaged: it should hold {_FORMAT}") from error
-        if (name, version) != tuple(_FORMAT.values()):
+        if name != _FORMAT["format"] or version not in _READ:
             raise InvalidArgument(
                 f"{self.root} has format {name} version {version}; this kvedit reads "
-                f"{_FORMAT['format']} version {_FORMAT['version']}: use a newer kvedit"
+                f"{_FORMAT['format']} versions 1 and 2: use a newer kvedit"
             )
+        return int(version)
 
 
 def write_all(file: int, data: bytes | memoryview) -> int:

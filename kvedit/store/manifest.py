@@ -6,15 +6,17 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+import torch
 
 from kvedit.errors import CorruptMemory, InvalidArgument, UnknownName
 from kvedit.memory import KVMemory, Lineage, LineageNode, ModelSpec
-from kvedit.memory.blocks import BLOCK_SLOTS, Block, content_document
+from kvedit.memory.blocks import BLOCK_SLOTS, SLOT_AXIS, Block, content_document
 from kvedit.memory.blocks import FORMAT as CONTENT_FORMAT
 from kvedit.memory.digest import canonical_json, digest_bytes
-from kvedit.store.pack import DTYPES, dtype_name
+from kvedit.store.codecs import CODECS
+from kvedit.store.dtypes import DTYPES, dtype_name
 from kvedit.store.refs import is_digest
 
 __all__ = ["BlockRef", "Manifest", "Part", "encode_manifest"]
@@ -22,18 +24,6 @@ __all__ = ["BlockRef", "Manifest", "Part", "encode_manifest"]
 FORMAT = "kvedit.manifest.1"
 """Name and version of the manifest."""
 
-CODEC = "raw"
-"""How blocks are stored: as their bytes."""
-
-_SLOT_AXIS = {
-    "bias": 1,
-    "keys": 1,
-    "offsets": 0,
-    "positions": 0,
-    "source": 0,
-    "tokens": 0,
-    "values": 1,
-}
 _LAYER_KINDS = {"keys", "positions", "source", "values"}
 _SOURCE_KINDS = {"offsets", "tokens"}
 
@@ -75,7 +65,7 @@ class Part:
     @property
     def axis(self) -> int:
         """Axis of the slots."""
-        return _SLOT_AXIS[self.kind]
+        return SLOT_AXIS[self.kind]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,6 +78,16 @@ class Part:
     def dtype(self) -> str:
         """Name of its dtype."""
         return self.blocks[0].dtype
+
+    def covering(self, start: int, stop: int) -> Part:
+        """Returns the part with only the blocks that slots ``start`` to ``stop`` lie in.
+
+        Past its end, it is the last block.
+        """
+        slots = self.shape[self.axis]
+        first = min(start, max(slots - 1, 0)) // BLOCK_SLOTS
+        last = max(min(stop, slots) - 1, 0) // BLOCK_SLOTS
+        return Part(self.layer, self.kind, self.blocks[first : max(last, first) + 1])
 
     def check(self) -> None:
         """Raises ValueError unless the blocks fit together as a memory is cut."""
@@ -145,34 +145,80 @@ class Manifest:
                 raise UnknownName("layer", str(index), map(str, self.layers))
         return wanted
 
-    @classmethod
-    def read(cls, path: Path, record: str) -> tuple[Manifest, int]:
-        """Returns the manifest of a file, and the file's size.
+    def parts_of(self, layers: Iterable[int], slots: tuple[int, int] | None) -> list[Part]:
+        """Returns the tensors of some layers, with the blocks that some slots need.
+
+        Args:
+            layers: layer indices; tokens and offsets always come along.
+            slots: first slot and one past the last, or None for all.
 
         Raises:
-            CorruptMemory: if it is missing, changed or does not describe a memory.
-            InvalidArgument: if a newer version of the library wrote it.
+            InvalidArgument: if the slots are no range of this memory.
         """
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            raise CorruptMemory(f"{path} is missing") from None
+        wanted = {-1, *layers}
+        parts = [part for part in self.parts.values() if part.layer in wanted]
+        if slots is None:
+            return parts
+        longest = max(part.shape[part.axis] for part in parts if part.layer >= 0)
+        if not 0 <= slots[0] < slots[1] <= longest:
+            raise InvalidArgument(
+                f"slots are (first, one past the last) within 0 to {longest}, found {slots}"
+            )
+        return [part if part.layer < 0 else part.covering(*slots) for part in parts]
+
+    def narrowed(
+        self, tensors: Mapping[tuple[int, str], torch.Tensor], slots: tuple[int, int]
+    ) -> dict[tuple[int, str], torch.Tensor]:
+        """Returns the tensors of :meth:`parts_of`, cut to the slots themselves.
+
+        Args:
+            tensors: layer and kind to tensor.
+            slots: first slot and one past the last.
+        """
+        found = {}
+        for (layer, kind), tensor in tensors.items():
+            if layer >= 0:
+                axis = SLOT_AXIS[kind]
+                whole = self.parts[layer, kind].shape[axis]
+                start, stop = min(slots[0], whole), min(slots[1], whole)
+                skip = start - start // BLOCK_SLOTS * BLOCK_SLOTS if start < whole else 0
+                size = min(stop - start, tensor.shape[axis])
+                tensor = tensor.narrow(axis, min(skip, tensor.shape[axis]), size).clone()
+            found[layer, kind] = tensor.contiguous()
+        return found
+
+    @classmethod
+    def parse(cls, data: bytes, record: str, where: str) -> Manifest:
+        """Returns the manifest that these bytes are.
+
+        Args:
+            data: the canonical bytes.
+            record: their digest, as it is known from elsewhere.
+            where: what to call them in an error.
+
+        Raises:
+            CorruptMemory: if they are changed or do not describe a memory.
+            InvalidArgument: if a newer version of the library wrote them.
+        """
         if digest_bytes(data) != record:
-            raise CorruptMemory(f"{path}: its bytes are not those that were put")
+            raise CorruptMemory(f"{where}: its bytes are not those that were put")
         try:
-            return cls._parse(json.loads(data), record), len(data)
+            return cls._parse(json.loads(data), record)
         except InvalidArgument as error:
-            raise InvalidArgument(f"{path}: {error}") from error
+            raise InvalidArgument(f"{where}: {error}") from error
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise CorruptMemory(f"{path} does not describe a memory: {error!r}") from error
+            raise CorruptMemory(f"{where} does not describe a memory: {error!r}") from error
 
     @classmethod
     def _parse(cls, data: dict[str, Any], record: str) -> Manifest:
         document = data["content"]
-        versions = (data["format"], data["codec"], document["format"], document["block_slots"])
-        known = (FORMAT, CODEC, CONTENT_FORMAT, BLOCK_SLOTS)
-        if versions != known:
-            raise InvalidArgument(f"has {versions}, this kvedit reads {known}: use a newer kvedit")
+        versions = (data["format"], document["format"], document["block_slots"])
+        known = (FORMAT, CONTENT_FORMAT, BLOCK_SLOTS)
+        if versions != known or data["codec"] not in CODECS:
+            raise InvalidArgument(
+                f"has {versions} and codec {data['codec']!r}, this kvedit reads {known} and "
+                f"{', '.join(CODECS)}: use a newer kvedit"
+            )
         facts = (document["next_position"], document["rules"], document["source"])
         if tuple(map(type, facts[:2])) != (int, list) or not isinstance(facts[2], dict | None):
             raise ValueError("next_position, rules or source are not what they should be")
@@ -187,7 +233,7 @@ class Manifest:
         )
 
 
-def encode_manifest(memory: KVMemory, cut: list[Block]) -> tuple[bytes, str]:
+def encode_manifest(memory: KVMemory, cut: list[Block], codec: str = "raw") -> tuple[bytes, str]:
     """Returns the canonical bytes of a memory's manifest, and the memory's content digest.
 
     The BLAKE3 of the bytes is the record digest.
@@ -195,14 +241,13 @@ def encode_manifest(memory: KVMemory, cut: list[Block]) -> tuple[bytes, str]:
     Args:
         memory: the memory.
         cut: its blocks, from ``memory.cut()``.
+        codec: how its blocks are to be stored.
     """
-    table = {
-        block.digest: [dtype_name(block.tensor.dtype), list(block.tensor.shape)] for block in cut
-    }
+    table = {block.digest: [dtype_name(block.whole.dtype), list(block.shape)] for block in cut}
     content = content_document(memory, cut)
     manifest = {
         "format": FORMAT,
-        "codec": CODEC,
+        "codec": codec,
         "content": content,
         "blocks": table,
         "lineage": [node.to_json() for node in memory.lineage.nodes],

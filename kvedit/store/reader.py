@@ -1,177 +1,250 @@
-"""Reader: puts a memory together from its blocks, each checked where it comes to lie."""
+"""Reader: puts tensors together as planned, each byte checked where it comes to lie."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
-from blake3 import blake3
 
-from kvedit.errors import CorruptMemory, KVEditError
-from kvedit.memory import KVMemory, LayerKV, Source
-from kvedit.memory.digest import tensor_bytes
-from kvedit.store.manifest import BlockRef, Manifest, Part
-from kvedit.store.pack import DTYPES, Pack, PackEntry, digest_head
+from kvedit.errors import CorruptMemory, InvalidArgument, KVEditError
+from kvedit.memory import KVMemory, LayerKV
+from kvedit.memory import Source as Words
+from kvedit.memory.blocks import BLOCK_SLOTS, block_digest, rows
+from kvedit.memory.parallel import run_all
+from kvedit.memory.show import human_bytes
+from kvedit.store.codecs import decode
+from kvedit.store.crypt import Cipher
+from kvedit.store.dtypes import DTYPES
+from kvedit.store.holding import HeldPack
+from kvedit.store.manifest import Manifest, Part
+from kvedit.store.pack import Extent
+from kvedit.store.packing import checksum
+from kvedit.store.plan import Plan, PlannedPart, Source
 
-__all__ = ["read_memory"]
+__all__ = ["VERIFY", "Verify", "assemble", "decoded", "read_planned"]
 
-_ROWS_PER_READ = 512  # systems take at least 1024 buffers in one call
+Verify = Literal["full", "deep", "fast", "off"]
+"""``"deep"``: BLAKE3 of every block. ``"fast"``: XXH3-128 of every stored byte. ``"full"``: deep
+for what this object reads for the first time, fast from then on. ``"off"``: nothing."""
+
+VERIFY = ("full", "deep", "fast", "off")
+
+_PARALLEL_FROM = 1 << 20
+_SHAPE_ERRORS = (KVEditError, ValueError, LookupError, TypeError, AttributeError)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Piece:
-    """One block: where it lies and where its bytes go, row by row."""
+    """One block, and the slots of the tensor that it becomes."""
 
-    digest: str
-    entry: PackEntry
-    rows: Sequence[memoryview]
+    part: Part
+    index: int
+    source: Source
+    tensor: torch.Tensor
+    mapped: bool
+
+    @property
+    def size(self) -> int:
+        return self.part.blocks[self.index].shape[self.part.axis]
+
+    @property
+    def start(self) -> int:
+        return self.index * BLOCK_SLOTS
 
 
-def read_memory(
-    manifest: Manifest, parts: Sequence[Part], packs: Mapping[str, Path], verify: bool
-) -> KVMemory:
-    """Returns the memory of a manifest.
+def read_planned(
+    plan: Plan, held: Mapping[str, HeldPack], verify: Verify, cipher: Cipher | None
+) -> dict[tuple[int, str], torch.Tensor]:
+    """Returns the tensors of a plan, by layer and kind.
 
-    Every tensor is allocated once. Each block is read straight to its place and its digest is
-    taken there, so that the bytes that were checked are the bytes that are returned.
+    A tensor that lies in one piece in a pack is a view of the mapped file; layers that share
+    one share the view. The others are put together from their blocks.
 
     Args:
-        manifest: what to read.
-        parts: those of its tensors that are wanted.
-        packs: block digest to the file that holds it.
-        verify: whether to check digests.
+        plan: what to read.
+        held: digest of each pack to its bytes.
+        verify: what to check.
+        cipher: opens what is sealed.
 
     Raises:
-        CorruptMemory: if a block is missing or is not what was put; no tensor is returned then.
+        CorruptMemory: if a block is not what was put; no tensor is returned then.
+        InvalidArgument: if a tensor is too big for the machine.
     """
-    places = _find(parts, packs)
+    views: dict[tuple[object, ...], torch.Tensor] = {}
     tensors: dict[tuple[int, str], torch.Tensor] = {}
-    work: dict[Path, list[_Piece]] = defaultdict(list)
-    for part in parts:
-        tensor = torch.empty(part.shape, dtype=DTYPES[part.dtype])
-        tensors[part.layer, part.kind] = tensor
-        for block, rows in zip(part.blocks, _rows(part, tensor), strict=True):
-            pack, entry = places[block.digest]
-            work[pack.path].append(_Piece(block.digest, entry, rows))
-    for path, pieces in work.items():
-        _fill(path, pieces, verify)
-    try:
-        return _assemble(manifest, tensors, verify)
-    except (KVEditError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CorruptMemory(
-            f"the manifest {manifest.record} does not describe a memory: {error}"
-        ) from error
+    pieces: list[_Piece] = []
+    for one in plan.parts:
+        key = (one.view, one.part.dtype, one.shape)
+        tensor = views.get(key) if one.view else None
+        known = tensor is not None
+        if tensor is None:
+            tensor = _viewed(one, held) if one.view else _empty(one.part, one.shape)
+            views[key] = tensor
+        tensors[one.part.layer, one.part.kind] = tensor
+        if not known and (one.view is None or verify != "off"):
+            mapped = one.view is not None
+            pieces += (
+                _Piece(one.part, index, source, tensor, mapped)
+                for index, source in enumerate(one.sources)
+            )
+    large = plan.size > _PARALLEL_FROM
+    if verify != "off":
+        stored, deep = _split(plan, pieces, verify)
+        run_all(lambda source: _check_stored(source, held), stored, large)
+    else:
+        deep = set()
+
+    def finish(piece: _Piece) -> None:
+        if not piece.mapped:
+            _fill(piece, held[piece.source.pack], cipher)
+        if _place(piece.source) in deep:
+            _check(piece)
+
+    todo = [piece for piece in pieces if not piece.mapped or _place(piece.source) in deep]
+    run_all(finish, todo, large)
+    _remember(plan, todo, deep)
+    return tensors
 
 
-def _find(parts: Sequence[Part], packs: Mapping[str, Path]) -> dict[str, tuple[Pack, PackEntry]]:
-    opened: dict[Path, Pack] = {}
-    found = {}
-    for block in (block for part in parts for block in part.blocks):
-        path = packs.get(block.digest)
-        if path is None:
-            raise CorruptMemory(f"block {block.digest} is in no pack that can be read")
-        if path not in opened:
-            opened[path] = Pack.open(path)
-        found[block.digest] = (opened[path], _entry(opened[path], block))
-    return found
-
-
-def _entry(pack: Pack, block: BlockRef) -> PackEntry:
-    entry = pack.entries.get(block.digest)
-    # Shapes from the file bound what is allocated, whatever the manifest says.
-    if entry is None or (entry.dtype, entry.shape) != (block.dtype, block.shape):
-        raise CorruptMemory(f"{pack.path}: block {block.digest} is missing or has another shape")
-    return entry
-
-
-def _rows(part: Part, tensor: torch.Tensor) -> list[list[memoryview]]:
-    # A block of [head, slot, dim] is one run of bytes per head; of [slot, ...] it is one run.
-    data = tensor_bytes(tensor)
-    outer = tensor.shape[0] if part.axis else 1
-    stride = len(data) // max(outer, 1)
-    step = stride // max(tensor.shape[part.axis], 1)
-    placed, start = [], 0
-    for block in part.blocks:
-        size = step * block.shape[part.axis]
-        placed.append(
-            [data[at : at + size] for at in range(start, start + outer * stride, stride)]
-            if stride
-            else []
-        )
-        start += size
-    return placed
-
-
-def _fill(path: Path, pieces: list[_Piece], verify: bool) -> None:
-    pieces.sort(key=lambda piece: piece.entry.offset)
-    threads = min(_processors(), 8)
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    try:
-        if threads == 1 or len(pieces) < 8 or not hasattr(os, "preadv"):
-            _fill_some(file, path, pieces, verify)
-            return
-        # Reading and hashing let go of the interpreter; two neighbours read side by side.
-        with ThreadPoolExecutor(threads) as pool:
-            shares = [pieces[first::threads] for first in range(threads)]
-            for done in [pool.submit(_fill_some, file, path, share, verify) for share in shares]:
-                done.result()
-    finally:
-        os.close(file)
-
-
-def _fill_some(file: int, path: Path, pieces: Iterable[_Piece], verify: bool) -> None:
-    for piece in pieces:
-        if _read_rows(file, piece.rows, piece.entry.offset) != piece.entry.size:
-            raise CorruptMemory(f"{path} ends inside block {piece.digest}")
-        if verify:
-            hasher = blake3(digest_head(piece.entry.dtype, piece.entry.shape))
-            for row in piece.rows:
-                hasher.update(row)
-            if hasher.hexdigest() != piece.digest:
-                raise CorruptMemory(
-                    f"{path}: the bytes of block {piece.digest} are not those that were put"
-                )
-
-
-def _read_rows(file: int, rows: Sequence[memoryview], offset: int) -> int:
-    done = 0
-    for first in range(0, len(rows), _ROWS_PER_READ):
-        some = rows[first : first + _ROWS_PER_READ]
-        if hasattr(os, "preadv"):
-            done += os.preadv(file, some, offset + done)
-        else:
-            os.lseek(file, offset + done, os.SEEK_SET)
-            for row in some:
-                row[:] = os.read(file, len(row))
-                done += len(row)
-    return done
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _assemble(
-    manifest: Manifest, tensors: Mapping[tuple[int, str], torch.Tensor], verify: bool
+def assemble(
+    manifest: Manifest, tensors: Mapping[tuple[int, str], torch.Tensor], verified: bool
 ) -> KVMemory:
+    """Returns the memory of a manifest with these tensors.
+
+    Raises:
+        CorruptMemory: if they make no memory.
+    """
     document = manifest.document
     layers: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
     for (layer, kind), tensor in tensors.items():
         layers[layer][kind] = tensor
     words = layers.pop(-1, None)
-    return KVMemory(
-        layers={index: LayerKV(**kinds) for index, kinds in layers.items()},
-        model=manifest.model,
-        next_position=document["next_position"],
-        source=Source.from_json(document["source"], **words) if words else None,
-        lineage=manifest.lineage,
-        rules=tuple(document["rules"]),
-        verified=verify,
-    )
+    try:
+        return KVMemory(
+            layers={index: LayerKV(**kinds) for index, kinds in layers.items()},
+            model=manifest.model,
+            next_position=document["next_position"],
+            source=Words.from_json(document["source"], **words) if words else None,
+            lineage=manifest.lineage,
+            rules=tuple(document["rules"]),
+            verified=verified,
+        )
+    except _SHAPE_ERRORS as error:
+        raise CorruptMemory(
+            f"the manifest {manifest.record} does not describe a memory: {error}"
+        ) from error
+
+
+def decoded(extent: Extent, data: memoryview | bytes, cipher: Cipher | None) -> torch.Tensor:
+    """Returns the block of an extent that is encoded or sealed.
+
+    Raises:
+        CorruptMemory: if the bytes are not such a block.
+    """
+    if extent.sealed and cipher is not None:
+        data = cipher.open(data, extent.blocks[0], "block")
+    try:
+        dtype = DTYPES[extent.dtype]
+        return decode(extent.encoding, data, dtype, extent.shape, extent.kind)
+    except ValueError as error:
+        raise CorruptMemory(f"block {extent.blocks[0]} can't be decoded: {error}") from error
+
+
+def _place(source: Source) -> tuple[str, int]:
+    return (source.pack, source.extent.offset)
+
+
+def _split(
+    plan: Plan, pieces: list[_Piece], verify: Verify
+) -> tuple[list[Source], set[tuple[str, int]]]:
+    """Returns the extents whose stored bytes are checked, and those whose blocks are."""
+    fast: dict[tuple[str, int], Source] = {}
+    deep: set[tuple[str, int]] = set()
+    for piece in pieces:
+        source = piece.source
+        seen = source.extent.offset in plan.packs[source.pack].seen
+        # A pack of the first format has no checksum: its blocks are checked in full.
+        quick = verify == "fast" or (verify == "full" and seen)
+        # Other stored bytes than those that were written may decode to the same block.
+        if source.extent.checksum and (quick or not source.extent.plain):
+            fast[_place(source)] = source
+        if not (source.extent.checksum and quick):
+            deep.add(_place(source))
+    return list(fast.values()), deep
+
+
+def _remember(plan: Plan, checked: list[_Piece], deep: set[tuple[str, int]]) -> None:
+    """Notes the extents of which every block was checked in full."""
+    blocks: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for piece in checked:
+        if _place(piece.source) in deep:
+            blocks[_place(piece.source)].add(piece.source.number)
+    for piece in checked:
+        place = _place(piece.source)
+        if place in deep and len(blocks[place]) == len(piece.source.extent.blocks):
+            plan.packs[piece.source.pack].seen.add(piece.source.extent.offset)
+
+
+def _viewed(one: PlannedPart, held: Mapping[str, HeldPack]) -> torch.Tensor:
+    view = one.view
+    if view is None:
+        raise ValueError("the part lies in no one piece")
+    extent = one.sources[0].extent
+    data = held[view.pack].data(extent.offset, extent.size)
+    if view.size != extent.size:
+        data = data[view.offset - view.base :][: view.size]
+    return data.view(DTYPES[one.part.dtype]).view(one.shape)
+
+
+def _empty(part: Part, shape: tuple[int, ...]) -> torch.Tensor:
+    size = math.prod(shape) * DTYPES[part.dtype].itemsize
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else size
+    if size > limit:
+        raise InvalidArgument(
+            f"layer {part.layer} {part.kind} needs {human_bytes(size)}; this machine has "
+            f"{human_bytes(limit)}: name fewer slots"
+        )
+    return torch.empty(shape, dtype=DTYPES[part.dtype])
+
+
+def _fill(piece: _Piece, held: HeldPack, cipher: Cipher | None) -> None:
+    """Copies one block to its place. numpy copies in this thread; torch would start its own."""
+    extent, axis, size = piece.source.extent, piece.part.axis, piece.size
+    dtype = DTYPES[extent.dtype]
+    stored = held.data(extent.offset, extent.size)
+    if extent.plain:
+        aligned = not extent.offset % dtype.itemsize
+        source = (stored if aligned else torch.from_numpy(stored.numpy().copy())).view(dtype)
+        source = source.view(extent.shape)
+        if len(extent.blocks) > 1:
+            source = source.narrow(axis, piece.source.number * BLOCK_SLOTS, size)
+    else:
+        source = decoded(extent, memoryview(stored.numpy()), cipher)  # type: ignore[arg-type]
+    target = piece.tensor.narrow(axis, piece.start, size)
+    if target.numel():
+        np.copyto(target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
+
+
+def _check(piece: _Piece) -> None:
+    block = piece.part.blocks[piece.index]
+    runs = rows(piece.tensor, piece.part.axis, piece.start, piece.size)
+    if block_digest(block.dtype, block.shape, runs) != block.digest:
+        raise CorruptMemory(
+            f"pack {piece.source.pack}: the bytes of block {block.digest} are not those that were "
+            "put"
+        )
+
+
+def _check_stored(source: Source, held: Mapping[str, HeldPack]) -> None:
+    stored = held[source.pack].data(source.extent.offset, source.extent.size)
+    if checksum([memoryview(stored.numpy())]) != source.extent.checksum:  # type: ignore[arg-type]
+        raise CorruptMemory(
+            f"pack {source.pack}: the stored bytes of block {source.extent.blocks[0]} or a "
+            "neighbour are damaged"
+        )

@@ -1,16 +1,16 @@
-"""What a store says about what it holds: Record, Entry, Details, Counters."""
+"""What a store says about what it holds: Record, Entry, Details."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from threading import Lock
+from types import MappingProxyType
 from typing import TypeVar
 
 from kvedit.memory.show import human_bytes
 
-__all__ = ["Counters", "Details", "Entry", "Listing", "Record"]
+__all__ = ["Details", "Entry", "Listing", "Record", "one_of"]
 
 Item = TypeVar("Item")
 
@@ -41,6 +41,12 @@ class Record:
         layers: how many layers it holds.
         dtype: of its keys.
         model: what the model that made it was loaded as.
+        source: where its text came from, as the user said.
+        licence: of its text, as the user said.
+        metrics: evaluation results by name.
+        codec: how its blocks are stored; ``"recipe"`` where they are rebuilt when read.
+        expires: when it goes by itself, in UTC, or None.
+        signed_by: public key that signed it, or empty.
     """
 
     name: str
@@ -56,13 +62,21 @@ class Record:
     layers: int
     dtype: str
     model: str
+    source: str = ""
+    licence: str = ""
+    metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    codec: str = "raw"
+    expires: datetime | None = None
+    signed_by: str = ""
 
     def __str__(self) -> str:
         """One line."""
         parts = (
             f"{self.name} v{self.version}  {self.record[:12]}  {self.created:%Y-%m-%d %H:%M:%S}",
             f"{self.slots} slots  {human_bytes(self.bytes)}  {self.model}",
+            "" if self.codec == "raw" else self.codec,
             " ".join(f"#{tag}" for tag in self.tags),
+            " ".join(f"{name}={value:.4g}" for name, value in self.metrics.items()),
             self.message,
         )
         return "  ".join(part for part in parts if part)
@@ -74,9 +88,13 @@ class Entry(Record):
 
     Args:
         versions: how many versions it has.
+        pinned: whether it is kept out of eviction and expiry.
+        fixed: whether it is a tag, which does not move.
     """
 
-    versions: int
+    versions: int = 1
+    pinned: bool = False
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,32 +145,6 @@ class Details:
             text = self.text.replace("\n", " ")
             rows.append(f"  text: {text if len(text) <= 72 else text[:71] + '…'}")
         return "\n".join([*rows, *(f"  {line}" for line in self.lineage)])
-
-
-@dataclass(eq=False)
-class Counters:
-    """What one store object did since it was opened.
-
-    Args:
-        hits: memories that ``get`` returned.
-        misses: references that ``get`` did not find.
-        bytes_read: bytes of blocks and manifests that were read.
-        bytes_verified: of these, bytes whose digest was checked.
-        bytes_written: bytes of packs, manifests and log lines.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-    bytes_verified: int = 0
-    bytes_written: int = 0
-    _lock: Lock = field(default_factory=Lock, repr=False)
-
-    def add(self, **amounts: int) -> None:
-        """Adds to the named counters, from any thread."""
-        with self._lock:
-            for name, amount in amounts.items():
-                setattr(self, name, getattr(self, name) + amount)
 
 
 def one_of(names: Sequence[str], limit: int = 8) -> str:

@@ -1,68 +1,59 @@
-"""Store: memories under names that have versions, in a local folder."""
+"""Store: memories under names that have versions."""
 
 from __future__ import annotations
 
-import difflib
-import os
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
-from pathlib import Path
-from types import TracebackType
-from typing import Literal
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import islice
 
 import torch
 
-from kvedit.errors import CorruptMemory, InvalidArgument, NotFound
+from kvedit.errors import InvalidArgument, NotFound
 from kvedit.memory import KVMemory
 from kvedit.memory.show import human_bytes
-from kvedit.store.index import Index
-from kvedit.store.journal import Journal
-from kvedit.store.layout import Durability, Layout
-from kvedit.store.manifest import Manifest
-from kvedit.store.reader import read_memory
-from kvedit.store.records import Counters, Details, Entry, Listing, Record, one_of
-from kvedit.store.refs import Ref, check_labels, check_name, parse_ref
-from kvedit.store.writer import Writer
+from kvedit.store.draft import Draft, Labels
+from kvedit.store.reader import VERIFY, Verify
+from kvedit.store.recipes import RECIPE, is_recipe
+from kvedit.store.records import Details, Entry, Listing, Record
+from kvedit.store.refs import check_name
+from kvedit.store.tiering import Tiering
+from kvedit.store.where import parse_where
 
 __all__ = ["Store"]
 
 
-class Store:
+class Store(Tiering):
     """Named, versioned, content-addressed memories. The format is in ``docs/store.md``.
 
-    Threads and processes may use one folder at once. It is no cache: nothing is ever dropped.
+    Threads and processes may use one folder at once. What was put stays until it is removed.
 
     Args:
-        path: a local folder; it is made by the first put.
+        path: a local folder, made by the first put; or the place of a remote store
+            (``s3://bucket/prefix``, ``gs://…``, ``az://…``, ``file:///…``), which is worked on
+            through a folder in the cache.
         durability: what an acknowledged put survives. ``"full"``: power loss. ``"process"``: the
             death of the process; after power loss recent puts may be gone. ``"none"``: as
             ``"process"``, and after power loss the index may need to be made again.
+        namespace: the tenant. Each has names, bytes and keys of its own; nothing is shared.
+        key: 32 bytes, 64 hex characters, or a file with these: everything is encrypted at rest.
+        signer: signs what is put.
+        trusted_keys: public keys; what none of them signed is not read.
+        replay: rebuilds memories that are stored as recipes: ``kvedit.rebuild``.
+        capacity: bytes that the folder may hold, as a number or a text like ``"10GiB"``.
+        ram: bytes of live memories to keep in RAM.
+        device: a device and the bytes of live memories to keep there.
+        remote: a remote store below this folder.
+        remote_options: how to reach it: endpoint, credentials, timeouts.
+        pool: a shared pool of memories, a ``MooncakePool``.
+        write: ``"through"`` puts to the remote before it returns; ``"back"`` when :meth:`flush`
+            is called or in the background.
 
     Attributes:
         counters: what this object read, checked and wrote.
 
     Raises:
-        InvalidArgument: if the path is no local folder, or holds something else or a newer format.
+        InvalidArgument: if the path holds something else or a newer format, or an option is wrong.
         CorruptMemory: if the folder's marker is damaged.
     """
-
-    def __init__(self, path: str | os.PathLike[str], durability: Durability = "full") -> None:
-        self._layout = Layout(path, durability)
-        journal = Journal(self._layout)
-        self._index = Index(self._layout, journal)
-        self.counters = Counters()
-        self._writer = Writer(self._layout, journal, self._index, self.counters)
-        # Where the lock is taken, its writer is alive, and what it does is no litter.
-        if self._layout.exists() and self._layout.try_lock():
-            try:
-                self._layout.sweep()
-            finally:
-                self._layout.lock.release()
-
-    @property
-    def path(self) -> Path:
-        """The folder."""
-        return self._layout.root
 
     def put(
         self,
@@ -71,6 +62,14 @@ class Store:
         message: str = "",
         tags: Iterable[str] = (),
         expect: str | None = None,
+        *,
+        force: bool = False,
+        source: str = "",
+        licence: str = "",
+        metrics: Mapping[str, float] | None = None,
+        ttl: float | None = None,
+        codec: str = "raw",
+        recipe: bool = False,
     ) -> Record:
         """Returns the newest version of ``name``, which ``memory`` has become.
 
@@ -84,16 +83,62 @@ class Store:
             message: what to say about this version.
             tags: labels of this version.
             expect: record digest that the name must point to, ``""`` for a name that must not
-                exist; None puts on top of whatever is there.
+                exist; None for where it points when the put begins.
+            force: put wherever the name points; accept a codec that is coarser than the edit.
+            source: where the text came from.
+            licence: of the text.
+            metrics: evaluation results by name.
+            ttl: seconds until this version goes by itself.
+            codec: ``"raw"``, ``"planes-zstd"`` (lossless), ``"int8"``, ``"int4"``, ``"int2"``
+                (lossy: what is stored is another memory with another digest, see docs/codecs.md).
+            recipe: keep only the steps, if they give the same memory again, bit by bit.
 
         Raises:
-            InvalidArgument: if name, message or tags can't be used.
+            InvalidArgument: if an argument can't be used, or the codec's error is not far below
+                the edit.
             MutatedMemory: if a tensor of the memory was written in place.
-            RaceLost: if the name points elsewhere than ``expect``.
+            RaceLost: if somebody else moved the name meanwhile.
+            CapacityExceeded: if there is no room, and nothing that may go.
         """
-        check_name(name)
-        labels = check_labels(message, tags)
-        return self._writer.put(memory, name, message, labels, expect)
+        labels = Labels.of(message, tags, source, licence, metrics, ttl)
+        draft = Draft(memory, name, labels, RECIPE if recipe else codec, expect, force)
+        return self._put([draft])[0]
+
+    def put_many(
+        self,
+        memories: Mapping[str, KVMemory],
+        message: str = "",
+        tags: Iterable[str] = (),
+        *,
+        force: bool = False,
+        source: str = "",
+        licence: str = "",
+        ttl: float | None = None,
+        codec: str = "raw",
+    ) -> list[Record]:
+        """Returns the newest versions of many names: all are put or none, in one write.
+
+        Args:
+            memories: name to memory.
+            message: what to say about each.
+            tags: labels of each.
+            force: put wherever the names point.
+            source: where the text came from.
+            licence: of the text.
+            ttl: seconds until they go by themselves.
+            codec: how to store them.
+
+        Raises:
+            InvalidArgument: if there is none, or an argument can't be used.
+            MutatedMemory: if a tensor of a memory was written in place.
+            RaceLost: if somebody else moved one of the names meanwhile.
+            CapacityExceeded: if there is no room, and nothing that may go.
+        """
+        if not memories:
+            raise InvalidArgument("put_many needs at least one memory: {name: memory}")
+        labels = Labels.of(message, tags, source, licence, None, ttl)
+        items = memories.items()
+        return self._put([Draft(m, name, labels, codec, None, force) for name, m in items])
 
     def get(
         self,
@@ -101,9 +146,13 @@ class Store:
         layers: Iterable[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        verify: Literal["full", "off"] = "full",
+        verify: Verify = "full",
+        slots: tuple[int, int] | None = None,
     ) -> KVMemory:
         """Returns a memory, every byte of it checked.
+
+        Tensors that lie in one piece on the disk are mapped, not copied. Where the folder has
+        been made room in, the bytes come from the tiers below.
 
         Args:
             ref: ``"name"``, ``"name@{k}"`` (k versions before the newest), a record or content
@@ -111,27 +160,68 @@ class Store:
             layers: only these layers; negative numbers count from the end.
             device: where to put the tensors.
             dtype: dtype of keys and values; another dtype changes the content digest.
-            verify: ``"off"`` does not check the digests of blocks and marks the memory as
-                unverified.
+            verify: ``"full"`` checks every byte: BLAKE3 of every block that this store object
+                reads for the first time, which no other bytes have, and XXH3-128 of what is
+                stored from then on, which finds damage and no forgery. ``"deep"`` checks BLAKE3
+                each time (so does ``"full"`` where there are trusted keys), ``"fast"`` XXH3-128
+                alone. ``"off"`` checks nothing but sizes and the manifest, and marks the memory
+                as unverified.
+            slots: only these slots of each layer, first and one past the last.
 
         Raises:
             NotFound: if the store has no such memory.
-            InvalidArgument: if several memories fit the prefix.
+            InvalidArgument: if several memories fit the prefix, or an argument is wrong.
             CorruptMemory: if stored bytes are not those that were put.
             UnknownName: if the memory lacks one of the layers.
+            UntrustedMemory: if the store has trusted keys and none of them signed it.
         """
-        if verify not in ("full", "off"):
-            raise InvalidArgument(f"verify must be 'full' or 'off', found {verify!r}")
+        if verify not in VERIFY:
+            raise InvalidArgument(f"verify must be one of {', '.join(VERIFY)}, found {verify!r}")
         try:
             record = self._resolve(ref)
         except NotFound:
             self.counters.add(misses=1)
             raise
-        manifest, size = self._manifest(record)
-        memory, read = self._read(manifest, manifest.choose(layers), verify == "full")
-        checked = size + (read if verify == "full" else 0)
-        self.counters.add(hits=1, bytes_read=size + read, bytes_verified=checked)
-        return memory if device is None and dtype is None else memory.to(device, dtype)
+        whole = layers is None and slots is None
+        if whole:
+            memory = self._get_whole(record, device, dtype, verify)
+        else:
+            memory = self._read(record, None if layers is None else list(layers), slots, verify)
+            if device is not None or dtype is not None:
+                memory = memory.to(device, dtype)
+        self.counters.add(hits=1)
+        return memory
+
+    def peek(
+        self,
+        ref: str,
+        layers: Iterable[int] | None = None,
+        kinds: Collection[str] = ("keys", "values"),
+        heads: Iterable[int] | None = None,
+        slots: tuple[int, int] | None = None,
+    ) -> dict[int, dict[str, torch.Tensor]]:
+        """Returns some tensors of a memory by layer and kind; only their blocks are read.
+
+        Args:
+            ref: as in :meth:`get`.
+            layers: only these layers.
+            kinds: ``"keys"``, ``"values"``, ``"positions"``, ``"source"``, ``"bias"``.
+            heads: only these heads (query heads for ``"bias"``).
+            slots: only these slots, first and one past the last.
+
+        Raises:
+            NotFound: if the store has no such memory.
+            CorruptMemory: if stored bytes are not those that were put.
+        """
+        record = self._resolve(ref)
+        wanted = None if layers is None else list(layers)
+        tensors = self._tensors(record, wanted, kinds, slots)
+        index = None if heads is None else torch.tensor(list(heads), dtype=torch.int64)
+        found: dict[int, dict[str, torch.Tensor]] = {}
+        for (layer, kind), tensor in tensors.items():
+            chosen = tensor if index is None or tensor.ndim == 1 else tensor[index]
+            found.setdefault(layer, {})[kind] = chosen
+        return found
 
     def show(self, ref: str) -> Details:
         """Returns what is known of a memory without reading its blocks.
@@ -141,9 +231,11 @@ class Store:
             CorruptMemory: if its manifest is damaged.
         """
         record = self._resolve(ref)
-        manifest, _ = self._manifest(record)
+        if is_recipe(record):
+            return self._show_recipe(record)
+        manifest = self._finder.manifest(record.record, record.content)
         blocks = {block.digest: block for part in manifest.parts.values() for block in part.blocks}
-        packs = {pack for pack, _ in self._index.locate(blocks).values()}
+        packs = {pack for pack, _, _ in self._shelf.index.locate(blocks).values()}
         source = manifest.document["source"]
         return Details(
             record=record,
@@ -158,16 +250,32 @@ class Store:
             lineage=tuple(manifest.lineage.describe().splitlines()),
         )
 
-    def ls(self, where: str | Callable[[Entry], bool] | None = None) -> list[Entry]:
-        """Returns every name with its newest version.
+    def ls(
+        self,
+        where: str | Callable[[Entry], bool] | None = None,
+        limit: int | None = None,
+        after: str = "",
+    ) -> list[Entry]:
+        """Returns names with their newest versions, in order of the names.
 
         Args:
-            where: a pattern for names (``"handbook/*"``) or a condition on entries.
+            where: a pattern for names (``"handbook/*"``), a condition (``"tag = refunds and
+                metric.kl < 0.01"``, see docs/store.md), or a function of entries.
+            limit: how many at most.
+            after: only names behind this one: the last one of the page before.
+
+        Raises:
+            InvalidArgument: if the condition can't be understood.
         """
-        entries = self._index.entries()
-        if isinstance(where, str):
-            return Listing(entry for entry in entries if fnmatchcase(entry.name, where))
-        return Listing(entry for entry in entries if where is None or where(entry))
+        self._learn()
+        most = -1 if limit is None else limit
+        if callable(where):
+            entries = self._shelf.index.entries(after=after)
+            return Listing(islice(filter(where, entries), limit))
+        if where is None:
+            return Listing(self._shelf.index.entries(after=after, limit=most))
+        condition, values = parse_where(where).sql()
+        return Listing(self._shelf.index.entries(condition, values, after, most))
 
     def log(self, name: str) -> list[Record]:
         """Returns the versions of a name, the newest first.
@@ -175,26 +283,16 @@ class Store:
         Raises:
             NotFound: if there is no such name.
         """
-        versions = self._index.versions(check_name(name))
+        self._resolve(check_name(name))
+        versions = self._shelf.index.versions(name)
         if not versions:
-            raise self._unknown(name)
+            raise self._finder.unknown(name)
         return Listing(versions)
-
-    def rm(self, name: str) -> None:
-        """Removes a name with all its versions.
-
-        They can't be reached any more, also not by digest unless another name has them. Their
-        bytes stay in the folder.
-
-        Raises:
-            NotFound: if there is no such name.
-        """
-        if not (self._layout.exists() and self._writer.remove(check_name(name))):
-            raise self._unknown(name)
 
     def names(self) -> list[str]:
         """Returns all names in order."""
-        return self._index.names()
+        self._learn()
+        return self._shelf.index.names()
 
     def rebuild_index(self) -> None:
         """Makes the index again from the log; a missing or unreadable index does so by itself.
@@ -202,24 +300,9 @@ class Store:
         Raises:
             CorruptMemory: if the log is damaged.
         """
-        if self._layout.exists():
-            with self._layout.lock:
-                self._index.rebuild()
-
-    def close(self) -> None:
-        """Closes the index; using the store again opens it again."""
-        self._index.close()
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        if self._shelf.layout.exists():
+            with self._shelf.layout.lock:
+                self._shelf.index.rebuild()
 
     def __contains__(self, ref: object) -> bool:
         """Whether ``ref`` names exactly one memory."""
@@ -239,45 +322,8 @@ class Store:
 
     def __repr__(self) -> str:
         """Folder, names and size."""
-        entries = self._index.entries()
-        size = human_bytes(sum(entry.bytes for entry in entries))
-        return f"Store({str(self.path)!r}): {len(entries)} names, {size} in their newest versions"
-
-    def _resolve(self, text: object) -> Record:
-        ref = parse_ref(text)
-        found = self._index.newest(ref.name, ref.back or 0) if ref.name else None
-        if found is None and ref.prefix:
-            found = self._by_prefix(ref)
-        if found is None:
-            raise self._unknown(ref.text, ref)
-        return found
-
-    def _by_prefix(self, ref: Ref) -> Record | None:
-        digests = self._index.digests(ref.prefix)
-        if len(digests) > 1:
-            shown = one_of([digest[:16] for digest in digests])
-            raise InvalidArgument(f"{ref.text!r} fits several digests, write more of it: {shown}")
-        return self._index.by_digest(digests[0]) if digests else None
-
-    def _unknown(self, text: str, ref: Ref | None = None) -> NotFound:
-        if ref is not None and ref.back and (count := len(self._index.versions(ref.name))):
-            return NotFound(
-                f"{ref.name} has {count} versions: {ref.name}@{{0}} to @{{{count - 1}}}"
-            )
-        names = self.names()
-        near = difflib.get_close_matches(ref.name if ref else text, names, n=3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"It has: {one_of(names)}"
-        return NotFound(f"{self.path} has no memory {text!r}. {hint}")
-
-    def _manifest(self, record: Record) -> tuple[Manifest, int]:
-        manifest, size = Manifest.read(self._layout.manifest(record.record), record.record)
-        if manifest.content != record.content:
-            raise CorruptMemory(f"the index is damaged at {record.name}: call rebuild_index()")
-        return manifest, size
-
-    def _read(self, manifest: Manifest, layers: list[int], verify: bool) -> tuple[KVMemory, int]:
-        parts = [part for part in manifest.parts.values() if part.layer in {-1, *layers}]
-        places = self._index.locate(block.digest for part in parts for block in part.blocks)
-        packs = {block: self._layout.pack(pack) for block, (pack, _) in places.items()}
-        memory = read_memory(manifest, parts, packs, verify)
-        return memory, sum(block.nbytes for part in parts for block in part.blocks)
+        names, size = self._shelf.index.totals()
+        return (
+            f"Store({str(self.path)!r}): {names} names, {human_bytes(size)} in their newest "
+            "versions"
+        )

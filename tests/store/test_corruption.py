@@ -1,6 +1,7 @@
 """A byte that is not the one that was put is found, named and never handed out."""
 
 import json
+import os
 import random
 import shutil
 
@@ -8,8 +9,12 @@ import pytest
 
 from kvedit.errors import CorruptMemory, InvalidArgument, KVEditError
 from kvedit.memory.digest import canonical_json, digest_bytes
-from kvedit.store import Store, reader
+from kvedit.store import Store
 from kvedit.store.layout import Layout
+from kvedit.store.pack import Pack
+from kvedit.store.packing import checksum, finish, paper_piece
+from kvedit.store.repack import copy_blocks
+from kvedit.store.salvage import chain
 
 from .conftest import assert_same, build_memory, files, with_bias
 
@@ -29,6 +34,37 @@ def filled(store, memory):
 def pack_of(store, ref="m"):
     (digest,) = store.show(ref).packs
     return store.path / "packs" / f"{digest}.safetensors"
+
+
+DAMAGED = r"pack [0-9a-f]{64}: the (stored )?bytes of block [0-9a-f]{64}"
+
+
+def events(store):
+    return [json.loads(line) for line in (store.path / "log.jsonl").read_bytes().splitlines()]
+
+
+def replace_pack(store, old, data):
+    """Puts a pack in the place of another, log and all, as its author would have."""
+    store.close()
+    head = data[: 8 + int.from_bytes(data[:8], "little")]
+    new = digest_bytes(head)
+    (store.path / "packs" / f"{old}.safetensors").unlink()
+    (store.path / "packs" / f"{new}.safetensors").write_bytes(data)
+    log = store.path / "log.jsonl"
+    swapped = [
+        {**event, "packs": [new if pack == old else pack for pack in event["packs"]]}
+        for event in events(store)
+    ]
+    log.write_bytes(chain(swapped))
+    store.rebuild_index()
+    return new
+
+
+def manifest_place(store, ref="m"):
+    path = pack_of(store, ref)
+    record = store.show(ref).record.record
+    place = Pack.open(path).manifests[record]
+    return path, record, place
 
 
 def flip(path, offset, bit=0):
@@ -51,17 +87,13 @@ def test_truncated_packs(filled, share):
             filled.get("m", verify=verify)
 
 
-def test_a_truncation_after_the_header_was_read(filled, monkeypatch):
+@pytest.mark.parametrize("change", [lambda data: data[:-1000], lambda data: data + b"x"])
+def test_a_size_that_changes_after_the_header_was_read(filled, change):
     path = pack_of(filled)
-    fill = reader._fill
-
-    def cut_then_fill(*arguments):
-        path.write_bytes(path.read_bytes()[:-1000])
-        fill(*arguments)
-
-    monkeypatch.setattr(reader, "_fill", cut_then_fill)
-    with pytest.raises(CorruptMemory, match="ends inside block"):
-        filled.get("m", verify="off")
+    held = filled._finder.open(path.stem)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(CorruptMemory, match=f"{path.name}.*cut off or extended"):
+        held.data(0, 1)
 
 
 @pytest.mark.parametrize("tail", [b"\0", b"x", b"\0" * 4096])
@@ -74,15 +106,48 @@ def test_extended_packs(filled, tail):
 
 def test_flipped_bits_in_the_payload(filled, memory):
     path = pack_of(filled)
-    size, start = path.stat().st_size, header_size(path)
+    _, _, place = manifest_place(filled)
+    size, start = place.offset, header_size(path)
     draw = random.Random(0)
     for offset in [start, size - 1, *(draw.randrange(start, size) for _ in range(20))]:
         bit = draw.randrange(8)
         flip(path, offset, bit)
-        with pytest.raises(CorruptMemory, match=rf"{path.name}: the bytes of block [0-9a-f]{{64}}"):
-            filled.get("m")
+        for verify in ("full", "deep", "fast"):
+            with Store(filled.path) as again, pytest.raises(CorruptMemory, match=DAMAGED):
+                again.get("m", verify=verify)
         flip(path, offset, bit)
     assert_same(filled.get("m"), memory)
+
+
+def test_flipped_bits_in_what_was_read_before(filled, memory):
+    assert_same(filled.get("m"), memory)  # from now on "full" takes the checksums
+    path = pack_of(filled)
+    places = [extent.offset for extent in Pack.open(path).extents if extent.size]
+    for offset in places:
+        flip(path, offset)
+        os.utime(path, ns=(1, 1))
+        for verify in ("full", "deep", "fast"):
+            with pytest.raises(CorruptMemory, match=DAMAGED):
+                filled.get("m", verify=verify)
+        flip(path, offset)
+    assert_same(filled.get("m"), memory)
+
+
+def test_equal_checksums_are_not_equal_bytes(filled):
+    """What a forger can do, "fast" can't see and "full" does, at the first read."""
+    path = pack_of(filled)
+    data = bytearray(path.read_bytes())
+    pack = Pack.open(path)
+    extent = next(extent for extent in pack.extents if extent.kind == "keys")
+    data[extent.offset] ^= 1
+    forged = data[extent.offset : extent.offset + extent.size]
+    head = bytes(data).replace(extent.checksum.encode(), checksum([forged]).encode())
+    replace_pack(filled, pack.digest, head)
+    with Store(filled.path) as again:
+        again.get("m", verify="fast")
+        for verify in ("full", "deep"):
+            with pytest.raises(CorruptMemory, match=DAMAGED):
+                again.get("m", verify=verify)
 
 
 def test_flipped_bits_in_the_header(filled, memory):
@@ -100,16 +165,16 @@ def test_flipped_bits_in_the_header(filled, memory):
 
 
 def test_flipped_bits_in_the_manifest(filled, memory):
-    path = filled.path / "manifests" / f"{filled.show('m').record.record}.json"
-    size = path.stat().st_size
-    for offset in random.Random(0).sample(range(size), 30):
-        flip(path, offset)
+    path, record, place = manifest_place(filled)
+    for offset in random.Random(0).sample(range(place.size), 30):
+        flip(path, place.offset + offset)
         for verify in ("full", "off"):
-            with pytest.raises(CorruptMemory, match=path.name):
-                filled.get("m", verify=verify)
-        with pytest.raises(CorruptMemory, match=path.name):
-            filled.show("m")
-        flip(path, offset)
+            with Store(filled.path) as again:  # a manifest is kept once it was read
+                with pytest.raises(CorruptMemory, match=f"manifest {record}"):
+                    again.get("m", verify=verify)
+                with pytest.raises(CorruptMemory, match=f"manifest {record}"):
+                    again.show("m")
+        flip(path, place.offset + offset)
     assert_same(filled.get("m"), memory)
 
 
@@ -117,15 +182,17 @@ def test_flipped_bits_in_the_manifest(filled, memory):
     "change", [lambda data: data[:-1], lambda data: data + b"\n", lambda _: b""]
 )
 def test_resized_manifests(filled, change):
-    path = filled.path / "manifests" / f"{filled.show('m').record.record}.json"
-    path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(CorruptMemory, match=path.name):
-        filled.get("m")
+    path, record, _ = manifest_place(filled)
+    held = filled._finder.open(path.stem)
+    whole = filled._finder.paper(record)
+    pack = finish(copy_blocks(held, held.pack.entries), [paper_piece(record, change(whole))])
+    replace_pack(filled, path.stem, b"".join(pack.chunks))
+    with Store(filled.path) as again, pytest.raises(CorruptMemory, match=f"manifest {record}"):
+        again.get("m")
 
 
-@pytest.mark.parametrize("folder", ["packs", "manifests"])
-def test_swapped_files(filled, folder):
-    one, two = files(filled, f"{folder}/*")
+def test_swapped_files(filled):
+    one, two = files(filled, "packs/*")
     spare = filled.path / "spare"
     one.rename(spare)
     two.rename(one)
@@ -136,9 +203,8 @@ def test_swapped_files(filled, folder):
                 filled.get(name, verify=verify)
 
 
-@pytest.mark.parametrize("folder", ["packs", "manifests"])
-def test_missing_files(filled, folder):
-    for path in files(filled, f"{folder}/*"):
+def test_missing_files(filled):
+    for path in files(filled, "packs/*"):
         path.unlink()
     with pytest.raises(CorruptMemory, match="is missing"):
         filled.get("m")
@@ -160,24 +226,26 @@ def test_a_put_heals_a_pack_that_is_missing_or_cut(filled, memory):
 def test_swapped_blocks_of_one_shape(filled):
     path = pack_of(filled)
     data = bytearray(path.read_bytes())
-    start = header_size(path)
-    header = json.loads(data[8:start])
-    header.pop("__metadata__")
-    big = [f["data_offsets"] for f in header.values() if f["shape"] == [2, 256, 4]][:2]
-    one, two = (slice(start + first, start + last) for first, last in big)
+    big = [e for e in Pack.open(path).extents if e.shape == (2, 260, 4)][:2]
+    one, two = (slice(extent.offset, extent.offset + extent.size) for extent in big)
     data[one], data[two] = data[two], data[one]
     path.write_bytes(data)
-    with pytest.raises(CorruptMemory, match="are not those that were put"):
-        filled.get("m")
+    for verify in ("full", "fast"):
+        with pytest.raises(CorruptMemory, match=DAMAGED):
+            filled.get("m", verify=verify)
 
 
 def test_a_header_that_lies_about_dtype(filled):
     path = pack_of(filled)
-    start = header_size(path)
     data = path.read_bytes()
-    path.write_bytes(data[:start].replace(b'"F32"', b'"I32"') + data[start:])
-    with pytest.raises(CorruptMemory, match="has another shape"):
+    start = header_size(path)
+    lying = data[:start].replace(b'"F32"', b'"I32"') + data[start:]
+    path.write_bytes(lying)
+    with pytest.raises(CorruptMemory, match=path.name):
         filled.get("m", verify="off")
+    replace_pack(filled, path.stem, lying)
+    with Store(filled.path) as again, pytest.raises(CorruptMemory, match="has another shape"):
+        again.get("m", verify="off")
 
 
 def test_flipped_bits_in_the_log(store, memory):
@@ -256,23 +324,26 @@ def test_an_unfinished_line_is_cut_off(store, memory):
 
 def test_unknown_events_are_refused(store, memory):
     store.put(memory, "a")
-    journal, index = store._index._journal, store._index
+    journal, index = store._shelf.journal, store._shelf.index
     journal.append({"event": "branch"}, index.catch_up())
     with pytest.raises(InvalidArgument, match=r"'branch'.*use a newer kvedit"):
         store.put(memory, "b")
 
 
 def hostile(store, memory, change):
-    """Puts a manifest in place as its author would: changed, and with a digest that fits."""
+    """Puts a manifest in place as its author would: changed, and with digests that fit."""
     record = store.put(memory, "m")
-    data = json.loads((store.path / "manifests" / f"{record.record}.json").read_bytes())
+    (event,) = events(store)
+    held = store._finder.open(event["packs"][0])
+    data = json.loads(store._finder.paper(record.record))
     change(data)
     text = canonical_json(data)
     digest = digest_bytes(text)
-    (store.path / "manifests" / f"{digest}.json").write_bytes(text)
-    with store._index._database.session() as connection:
-        content = digest_bytes(canonical_json(data.get("content")))
-        connection.execute("UPDATE versions SET record = ?, content = ?", (digest, content))
+    content = digest_bytes(canonical_json(data.get("content")))
+    pack = finish(copy_blocks(held, held.pack.entries), [paper_piece(digest, text)])
+    event |= {"record": digest, "content": content}
+    (store.path / "log.jsonl").write_bytes(chain([event]))
+    replace_pack(store, held.pack.digest, b"".join(pack.chunks))
     return store
 
 
@@ -329,15 +400,15 @@ def test_hostile_manifests(store, memory, change):
 
 
 def test_newer_manifests(store, memory):
-    hostile(store, memory, lambda data: data.update(codec="int4"))
-    with pytest.raises(InvalidArgument, match=r"int4.*use a newer kvedit"):
+    hostile(store, memory, lambda data: data.update(codec="int1"))
+    with pytest.raises(InvalidArgument, match=r"int1.*use a newer kvedit"):
         store.get("m")
 
 
 def test_digests_alone_become_paths(tmp_path):
     layout = Layout(tmp_path / "s", "none")
     for digest in ("../x", "", "0" * 63, "0" * 63 + "G", "0" * 64 + "\n", None, "/" + "0" * 63):
-        for path in (layout.pack, layout.manifest):
+        for path in (layout.pack, layout.header, layout.manifest):
             with pytest.raises(CorruptMemory, match="can't name a file"):
                 path(digest)
 

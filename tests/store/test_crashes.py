@@ -1,6 +1,7 @@
 """Puts that fail, writers that are killed, processes that write at once."""
 
 import errno
+import json
 import multiprocessing
 import os
 import signal
@@ -76,18 +77,21 @@ def test_an_index_that_can_not_commit(store, monkeypatch):
     store.put(small(0), "m")
     before = (store.path / "log.jsonl").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(store._index, "_apply", lambda *_: (_ for _ in ()).throw(OSError("injected")))
+        patch.setattr(
+            store._shelf.index, "_apply", lambda *_: (_ for _ in ()).throw(OSError("injected"))
+        )
         with pytest.raises(OSError, match="injected"):
             store.put(small(1), "m")
     assert (store.path / "log.jsonl").read_bytes() == before
-    assert len(files(store, "packs/*")) == len(files(store, "manifests/*")) == 1
+    assert len(files(store, "packs/*")) == 1
+    assert files(store, "tmp/*") == []
     assert_same(store.get("m"), small(0))
     assert store.put(small(1), "m").version == 2
 
 
 def test_an_interrupt_leaves_a_put_done_or_not_done(store, monkeypatch):
     store.put(small(0), "m")
-    real = store._index.catch_up
+    real = store._shelf.index.catch_up
     for moment in ("before", "after"):
         calls = []
 
@@ -100,7 +104,7 @@ def test_an_interrupt_leaves_a_put_done_or_not_done(store, monkeypatch):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(store._index, "catch_up", interrupted)
+            patch.setattr(store._shelf.index, "catch_up", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 store.put(small(1), moment)
         store.put(small(2), "n")
@@ -110,13 +114,13 @@ def test_an_interrupt_leaves_a_put_done_or_not_done(store, monkeypatch):
 
 def test_a_memory_changed_while_it_is_written(store, monkeypatch):
     memory = small(0)
-    publish = type(store._layout).publish
+    publish = type(store._shelf.layout).publish
 
     def change(self, path, chunks):
         memory.layers[0].positions.add_(1)
         return publish(self, path, chunks)
 
-    monkeypatch.setattr(type(store._layout), "publish", change)
+    monkeypatch.setattr(type(store._shelf.layout), "publish", change)
     with pytest.raises(MutatedMemory):
         store.put(memory, "m")
     assert store.names() == []
@@ -128,8 +132,8 @@ def test_a_line_that_no_index_has_seen(store):
     store.put(small(0), "m")
     store.put(small(1), "n")
     before = (store.path / "log.jsonl").read_bytes()
-    _, first = next(store._index._journal.read(Position()))
-    with store._index._database.session() as connection:
+    _, first = next(store._shelf.index._journal.read(Position()))
+    with store._shelf.index._database.session() as connection:
         connection.execute("DELETE FROM versions WHERE name = 'n'")
         connection.execute(
             "UPDATE applied SET bytes = ?, sequence = ?, checksum = ?",
@@ -144,13 +148,20 @@ def test_a_line_that_no_index_has_seen(store):
 
 def test_orphans_are_swept_and_living_writers_are_not(store):
     store.put(small(0), "m")
-    orphans = [store.path / folder / ".tmp-1-ab" for folder in ("", "packs", "manifests")]
-    for orphan in orphans:
-        orphan.write_bytes(b"half a file")
-    with store._layout.lock, Store(store.path):
-        assert len(temporaries(store)) == 3
+    known = files(store, "packs/*")
+    stray, unfinished = "a" * 64, [".tmp-1-ab", "intent-1-ab", "intent-2-ab"]
+    store._shelf.layout.pack(stray).write_bytes(b"of a put that died before its line in the log")
+    store._shelf.layout.header(stray).write_bytes(b"as well")
+    names = [stray, known[0].stem, "../../log"]
+    for name, data in zip(unfinished, (b"half a file", json.dumps(names), b"[half"), strict=True):
+        (store.path / "tmp" / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    with store._shelf.layout.lock, Store(store.path):
+        assert len(files(store, "tmp/*")) == 3
+        assert len(files(store, "packs/*")) == 2
     Store(store.path).close()
-    assert temporaries(store) == []
+    assert files(store, "tmp/*") == files(store, "headers/*") == []
+    assert files(store, "packs/*") == known
+    assert_same(store.get("m"), small(0))
 
 
 def put_for_ever(path, seed, told):
@@ -194,7 +205,7 @@ def test_acknowledged_puts_survive_kill_9(tmp_path):
 def put_some(path, worker, count):
     with Store(path, durability="process") as store:
         for turn in range(count):
-            store.put(small(1000 * worker + turn), "shared", message=f"{worker} {turn}")
+            store.put(small(1000 * worker + turn), "shared", f"{worker} {turn}", force=True)
             store.put(small(turn), f"own/{worker}")
 
 

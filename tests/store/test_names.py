@@ -274,17 +274,19 @@ def test_other_folders_are_refused(tmp_path):
         Store(tmp_path / "notes.txt")
 
 
-@pytest.mark.parametrize("path", ["s3://bucket/prefix", "gs://bucket", "https://host/x"])
-def test_remote_paths_are_refused(path):
-    with pytest.raises(InvalidArgument, match="only local folders are supported so far"):
-        Store(path)
+def test_other_places_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVEDIT_CACHE", str(tmp_path))
+    with pytest.raises(InvalidArgument, match="expected one of s3://bucket/prefix"):
+        Store("https://host/x")
+    with pytest.raises(InvalidArgument, match="remote already"):
+        Store("memory:///", remote="memory:///")
 
 
 def test_newer_formats_are_refused(store):
     store.put(small(), "m")
     marker = store.path / "kvedit-store.json"
-    marker.write_text(marker.read_text().replace('"version":1', '"version":2'))
-    with pytest.raises(InvalidArgument, match=r"version 2; .* use a newer kvedit"):
+    marker.write_text(marker.read_text().replace('"version":2', '"version":3'))
+    with pytest.raises(InvalidArgument, match=r"version 3; .* use a newer kvedit"):
         Store(store.path)
     marker.write_text("{}")
     with pytest.raises(CorruptMemory, match=r"kvedit-store\.json is damaged"):

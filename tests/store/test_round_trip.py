@@ -1,5 +1,6 @@
 """What comes out of a store is what went in, bit by bit, in whatever process."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from kvedit.errors import InvalidArgument, MutatedMemory, UnknownName
 from kvedit.memory.blocks import blocks
 from kvedit.memory.digest import digest_bytes
 from kvedit.store import Store
+from kvedit.store.pack import Pack
 
 from .conftest import assert_same, build_memory, files, with_bias
 
@@ -87,10 +89,9 @@ def test_some_layers(store):
 def test_some_layers_cost_only_their_blocks(store):
     memory = build_memory(layers=4)
     record = store.put(memory, "m")
-    manifest = store.path / "manifests" / f"{record.record}.json"
     store.get("m", layers=[0])
     source = memory.source.tokens.nbytes + memory.source.offsets.nbytes
-    expected = manifest.stat().st_size + memory.layers[0].nbytes + source
+    expected = len(store._finder.paper(record.record)) + memory.layers[0].nbytes + source
     assert store.counters.bytes_read == expected
 
 
@@ -157,7 +158,7 @@ def test_equal_blocks_are_stored_once(store):
     store.put(build_memory(), "a")
     written = store.counters.bytes_written
     store.put(build_memory(), "b")
-    assert len(files(store, "packs/*")) == len(files(store, "manifests/*")) == 1
+    assert len(files(store, "packs/*")) == 1
     assert store.counters.bytes_written - written < 2000  # a line of the log
 
 
@@ -173,20 +174,29 @@ def test_packs_are_safetensors_files(store):
     memory = build_memory(dtype=torch.bfloat16, bias=True, slots=301)
     store.put(memory, "m")
     (path,) = files(store, "packs/*")
-    stored = {block.digest: block for block in blocks(memory)}
+    whole = {
+        (index, kind): tensor
+        for index, layer in memory.layers.items()
+        for kind, tensor in layer.tensors()
+    }
+    stored = {block.digest: block.tensor for block in blocks(memory)}
     with safe_open(path, "pt") as pack:
-        assert len(pack.metadata()) == 1
-        assert set(pack.keys()) == set(stored)
-        for digest, block in stored.items():
-            found = pack.get_tensor(digest)
-            assert found.dtype == block.tensor.dtype
-            assert torch.equal(found.view(torch.uint8), block.tensor.view(torch.uint8))
+        (facts,) = map(json.loads, pack.metadata().values())
+        assert set(pack.keys()) == facts["extents"].keys() | facts["manifests"].keys()
+        held = [b for extent in facts["extents"].values() for b in extent["blocks"]]
+        assert sorted(held) == sorted(stored)
+        for name, extent in facts["extents"].items():
+            found = pack.get_tensor(name)
+            if extent["kind"] in ("keys", "values", "positions"):  # whole, in one piece
+                wanted = [t for (_, kind), t in whole.items() if kind == extent["kind"]]
+                assert any(torch.equal(found, tensor) for tensor in wanted)
 
 
-def test_a_record_digest_is_that_of_the_manifest_file(store):
+def test_a_record_digest_is_that_of_the_manifest(store):
     record = store.put(build_memory(), "m")
-    (path,) = files(store, "manifests/*")
-    assert path.stem == record.record == digest_bytes(path.read_bytes())
+    assert record.record == digest_bytes(store._finder.paper(record.record))
+    (path,) = files(store, "packs/*")
+    assert record.record in Pack.open(path).manifests
 
 
 def test_files_are_the_same_everywhere(tmp_path):

@@ -10,7 +10,14 @@ from typing import Any
 
 from kvedit.errors import InvalidArgument
 from kvedit.runs.verbs.base import Outcome, Verb
-from kvedit.runs.verbs.options import add_labels, add_model, add_store, load_model, open_store
+from kvedit.runs.verbs.options import (
+    add_model,
+    add_put,
+    add_store,
+    load_model,
+    open_store,
+    put_options,
+)
 
 __all__ = ["CAPTURE"]
 
@@ -23,7 +30,7 @@ def _add(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="name in the store; default: the file's, without suffix")
     add_store(parser)
-    add_labels(parser)
+    add_put(parser)
     add_model(parser, default="smollm2-135m")
     parser.add_argument(
         "--window",
@@ -34,19 +41,20 @@ def _add(parser: ArgumentParser) -> None:
 
 
 def _run(args: Namespace) -> Outcome:
-    from kvedit.store.refs import check_labels, check_name
+    from kvedit.store.refs import check_name
 
     # Everything that can be wrong without the model is found before the model is loaded.
     context = _text(args.text) if args.messages is None else _messages(args.messages)
     name = check_name(args.name or _stem(args.text or args.messages))
-    check_labels(args.message, args.tag)
+    options = put_options(args)
+    store = open_store(args)
     from kvedit.models.packaged import PACKAGED
 
     model, tokenizer = load_model(args.model or PACKAGED, args.dtype, args.device, args.attn)
     from kvedit.runtime import capture
 
     memory = capture(model, tokenizer, context, window=args.window)
-    record = open_store(args).put(memory, name, message=args.message, tags=args.tag)
+    record = store.put(memory, name, **options)
     return Outcome(record, str(record))
 
 

@@ -8,7 +8,14 @@ from typing import Any
 
 from kvedit.errors import InvalidArgument, NotFound
 from kvedit.runs.verbs.base import Outcome, Verb
-from kvedit.runs.verbs.options import add_labels, add_model, add_store, load_model_of, open_store
+from kvedit.runs.verbs.options import (
+    add_model,
+    add_put,
+    add_store,
+    load_model_of,
+    open_store,
+    put_options,
+)
 from kvedit.runs.verbs.parameters import build_editor
 
 __all__ = ["EDIT"]
@@ -33,28 +40,28 @@ def _add(parser: ArgumentParser) -> None:
         "--as", dest="name", metavar="NAME", help="name of the result; default: the same name"
     )
     add_store(parser)
-    add_labels(parser)
+    add_put(parser)
     add_model(parser, default="the one that made the memory; only some editors need one")
 
 
 def _run(args: Namespace) -> Outcome:
-    from kvedit.store.refs import check_labels, check_name
+    from kvedit.store.refs import check_name
 
     editors = [build_editor(words) for words in args.editor]
-    message = args.message or "; ".join(map(shlex.join, args.editor))
-    check_labels(message, args.tag)
+    options = put_options(args)
+    options["message"] = args.message or "; ".join(map(shlex.join, args.editor))
     store = open_store(args)
     origins = [store.show(ref).record for ref in args.ref]
     if len(origins) > 1 and args.name is None:
         raise InvalidArgument("what several memories are joined into needs a name: --as NAME")
     name = check_name(args.name or origins[0].name)
     # A version that somebody else puts meanwhile must not vanish under this one.
-    expect = _newest(store, name)
+    expect = None if args.force else _newest(store, name)
     memories = [store.get(origin.record) for origin in origins]
     reader = _reader(editors, memories[0], args)
     for editor in editors:
         memories = [editor(*memories, reader=reader)]
-    record = store.put(memories[0], name, message=message, tags=args.tag, expect=expect)
+    record = store.put(memories[0], name, expect=expect, **options)
     data = {
         **vars(record),
         "edited": [{"name": o.name, "version": o.version, "record": o.record} for o in origins],
