@@ -21,6 +21,8 @@ from kvedit.runs.verbs.doctor import DOCTOR
 from kvedit.runs.verbs.edit import EDIT
 from kvedit.runs.verbs.editors import EDITORS
 from kvedit.runs.verbs.look import LOG, LS, RM, SHOW
+from kvedit.runs.verbs.replay import REPLAY
+from kvedit.runs.verbs.store import STORE_VERBS
 
 __all__ = ["VERBS", "build_parser", "main"]
 
@@ -33,7 +35,9 @@ VERBS: tuple[Verb, ...] = (
     SHOW,
     LOG,
     DIFF,
+    REPLAY,
     RM,
+    *STORE_VERBS,
     EDITORS,
     BENCH,
     DOCTOR,

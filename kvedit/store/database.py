@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 
 from kvedit.errors import CorruptMemory
 from kvedit.store.layout import Layout
@@ -44,6 +46,10 @@ class Database:
         self._version = version
         self._guard = threading.RLock()
         self._connection: sqlite3.Connection | None = None
+        # SQLite must not have a file open across a fork: the child would believe to hold the locks
+        # of its parent, also for a connection of its own. The next question opens it again.
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=partial(_close, weakref.ref(self)))
         self._identity: tuple[int, int, int] | None = None
 
     @contextmanager
@@ -150,6 +156,12 @@ class Database:
             connection.close()
             raise
         return connection
+
+
+def _close(reference: weakref.ref[Database]) -> None:
+    database = reference()
+    if database is not None:
+        database.close()
 
 
 @contextmanager

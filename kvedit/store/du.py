@@ -77,6 +77,7 @@ def measure_usage(shelf: Shelf, finder: Finder) -> Usage:
     owners: Counter[str] = Counter()
     needs: dict[str, set[str]] = {}
     names = shelf.index.names()
+    bases = shelf.index.bases()
     logical = {}
     for name in names:
         versions = shelf.index.versions(name)
@@ -84,10 +85,11 @@ def measure_usage(shelf: Shelf, finder: Finder) -> Usage:
         needs[name] = set()
         for record in {version.record: version for version in versions}.values():
             needs[name].add(record.record)
-            if not is_recipe(record):
-                manifest = finder.manifest(record.record, record.content)
-                parts = manifest.parts.values()
-                needs[name].update(block.digest for part in parts for block in part.blocks)
+            base = bases.get(record.record, "") if is_recipe(record) else record.record
+            needs[name].add(base)
+            manifest = finder.manifest(base, "")
+            parts = manifest.parts.values()
+            needs[name].update(block.digest for part in parts for block in part.blocks)
         owners.update(needs[name])
     found = [
         NameUsage(

@@ -74,9 +74,8 @@ class Family(Naming):
         Args:
             node: id of the step.
         """
-        for record in self._shelf.index.made_of(node, head=True):
-            if not is_recipe(record):
-                return self._read(record)
+        for record in self._stored(node):
+            return self._read(record)
         return None
 
 

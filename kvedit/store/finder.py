@@ -24,7 +24,7 @@ from kvedit.store.sign import Signature, check
 __all__ = ["Below", "Finder"]
 
 Result = TypeVar("Result")
-_TRIES = 4
+_TRIES = 50  # a collection of garbage at each of them would have to be faster than we are
 
 
 class Below:

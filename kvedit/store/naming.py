@@ -10,9 +10,10 @@ from kvedit.memory import KVMemory
 from kvedit.memory.digest import digest_bytes
 from kvedit.store.codecs import LOSSY, check_against_edit
 from kvedit.store.draft import Draft, Labels, Prepared, check_metrics, facts, prepare
+from kvedit.store.dtypes import dtype_name
 from kvedit.store.index import now
 from kvedit.store.opened import OpenStore
-from kvedit.store.recipes import RECIPE, Recipe, encode_recipe, is_recipe
+from kvedit.store.recipes import RECIPE, Recipe, encode_recipe
 from kvedit.store.records import Details, Record
 from kvedit.store.refs import check_labels, check_name
 
@@ -66,9 +67,7 @@ class Naming(OpenStore):
             RaceLost: if somebody else moved the name meanwhile.
         """
         current = self._resolve(check_name(name))
-        record = self._resolve(f"{name}@{{{to}}}" if isinstance(to, int) else to)
-        if record.record not in {version.record for version in self._shelf.index.versions(name)}:
-            raise self._finder.unknown(f"{name} at {to}")
+        record = self._own_version(name, to)
         said = message or f"back to v{record.version}"
         return self._point(record, name, said, current.record)
 
@@ -117,6 +116,7 @@ class Naming(OpenStore):
             NotFound: if there is no such memory.
             InvalidArgument: if a label can't be written down.
         """
+        self._resolve(ref)  # before the lock, which would make the folder of a store that is none
         with self._shelf.layout.lock:
             end = self._shelf.index.catch_up()
             found = self._resolve(ref)
@@ -159,8 +159,23 @@ class Naming(OpenStore):
 
     # Inside
 
+    def _own_version(self, name: str, to: str | int) -> Record:
+        """Returns the version of this name that a number or a reference means."""
+        if isinstance(to, int):
+            return self._resolve(f"{name}@{{{to}}}")
+        found = self._resolve(to)  # the newest of that digest may be another name's
+        versions = self._shelf.index.versions(name)
+        same = [version for version in versions if version.record == found.record]
+        if found.content.startswith(to.lower()):
+            same += [version for version in versions if version.content == found.content]
+        if not same:
+            raise self._finder.unknown(f"{name} at {to}")
+        return same[0]
+
     def _pin(self, name: str, pinned: bool) -> None:
         check_name(name)
+        if not self._shelf.layout.exists():
+            raise self._finder.unknown(name)
         with self._shelf.layout.lock:
             end = self._shelf.index.catch_up()
             if self._shelf.index.entry(name) is None:
@@ -168,6 +183,7 @@ class Naming(OpenStore):
             self._writer.record({"event": "pin", "name": name, "pinned": pinned}, end)
 
     def _put(self, drafts: Sequence[Draft]) -> list[Record]:
+        self._check_readable()
         heads = [self._shelf.index.entry(draft.name) for draft in drafts]
         seen = {d.name: h.record if h else "" for d, h in zip(drafts, heads, strict=True)}
         puts = [self._prepared(draft) for draft in drafts]
@@ -175,6 +191,16 @@ class Naming(OpenStore):
         for put, record in zip(puts, records, strict=True):
             self._keep(record, put.memory)
         return records
+
+    def _check_readable(self) -> None:
+        """Refuses puts that this store itself would not read back."""
+        signer, trusted = self._shelf.signer, self._shelf.trusted
+        if trusted and (signer is None or signer.public not in {key.lower() for key in trusted}):
+            raise InvalidArgument(
+                "this store reads only what its trusted_keys signed: open it with the signer of "
+                "one of them to put something"
+            )
+        self._check_key()
 
     def _commit(self, puts: Sequence[Prepared], seen: Mapping[str, str]) -> list[Record]:
         return self._writer.put(puts, seen)
@@ -192,9 +218,8 @@ class Naming(OpenStore):
         """Returns the stored memory that the last edit was made of, or None."""
         head = memory.lineage.head
         for node in head.inputs if head else ():
-            for record in self._shelf.index.made_of(node, head=True):
-                if not is_recipe(record):
-                    return self._read(record)
+            for record in self._stored(node):
+                return self._read(record)
         return None
 
     def _prepared_recipe(self, draft: Draft) -> Prepared:
@@ -221,11 +246,13 @@ class Naming(OpenStore):
             )
         bases: list[Record] = []
 
+        dtype = dtype_name(memory.dtype)
+
         def fetch(node: str) -> KVMemory:
-            for record in self._shelf.index.made_of(node, head=True):
-                if not is_recipe(record):
-                    bases.append(record)
-                    return self._read(record)
+            # A cast leaves no step: of several memories the one of our dtype is more likely.
+            for record in sorted(self._stored(node), key=lambda found: found.dtype != dtype):
+                bases.append(record)
+                return self._read(record)
             raise self._finder.unknown(node)
 
         again = self._replay(memory.lineage, fetch)
@@ -257,6 +284,8 @@ class Naming(OpenStore):
                 )
             if current is not None and current.fixed:
                 raise InvalidArgument(f"{name} is a tag and stays where it is")
+            if self._shelf.index.by_digest(record.record) is None:  # removed meanwhile
+                raise self._finder.unknown(record.record)
             self._writer.record(self._event(record, name, message, fixed), end)
             return self._shelf.index.versions(name)[0]
 

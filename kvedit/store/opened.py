@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -66,6 +67,7 @@ class OpenStore:
         self._loader = Loader(self._shelf, self._finder)
         self._writer = Writer(self._shelf)
         self._replay = replay
+        self._key_fits = False
         # Where the lock is taken, its writer is alive, and what it does is no litter.
         if layout.exists() and layout.try_lock():
             try:
@@ -104,6 +106,19 @@ class OpenStore:
 
     def _learn(self) -> None:
         """Called before names are listed; a store that follows another asks it first."""
+
+    def _check_key(self) -> None:
+        """Refuses another key than that of the packs, which new memories share blocks with."""
+        for name, _, _ in [] if self._key_fits else self._shelf.index.packs()[:1]:
+            own = self._shelf.cipher.fingerprint if self._shelf.cipher else ""
+            with suppress(CorruptMemory):  # a damaged pack says nothing
+                if (found := self._finder.header(name).cipher) != own:
+                    raise InvalidArgument(
+                        f"{self.path} has packs of {found or 'no key'} and this store has "
+                        f"{own or 'no key'}: what it puts could be read with neither. Open it "
+                        "with that key, or take another folder or namespace"
+                    )
+                self._key_fits = True
 
     def _read(
         self,
@@ -156,7 +171,7 @@ class OpenStore:
                 "Store(..., replay=kvedit.rebuild)"
             )
         recipe = Recipe.parse(self._finder.paper(record.record), record.record)
-        memory = self._replay(recipe.lineage, lambda node: self._earlier(node, recipe.base))
+        memory = self._replay(recipe.lineage, lambda node: self._base(node, recipe.base))
         if memory.digest != record.content:
             raise CorruptMemory(
                 f"{record.name} v{record.version}: its recipe gives another memory than the one "
@@ -164,15 +179,19 @@ class OpenStore:
             )
         return memory
 
-    def _earlier(self, node: str, base: str) -> KVMemory:
+    def _stored(self, node: str) -> list[Record]:
+        """Returns what is stored with its bytes and was made by a step, the newest first.
+
+        A memory without history is asked for by its content digest.
+        """
         found = self._shelf.index.made_of(node, head=True)
-        stored = [record for record in found if not is_recipe(record)]
-        if not stored:
-            return self._base(node, base)
-        return self._read(stored[0])
+        if not found and (one := self._shelf.index.by_digest(node)) and one.content == node:
+            found = [one]
+        return [record for record in found if not is_recipe(record)]
 
     def _base(self, node: str, base: str) -> KVMemory:
-        # No name has it any more, and the recipe has kept it.
+        # By digest: its name may be gone, and the same step may have other memories, in another
+        # dtype for example.
         manifest = self._finder.manifest(base, "")
         head = manifest.lineage.head
         if (head.id if head else manifest.content) != node:
@@ -184,6 +203,11 @@ class OpenStore:
 def _part_of(memory: KVMemory, layers: list[int] | None, slots: tuple[int, int] | None) -> KVMemory:
     kept = {index: memory.layers[index] for index in memory.layer_indices(layers)}
     if slots is not None:
+        longest = max(layer.slots for layer in kept.values())
+        if not 0 <= slots[0] < slots[1] <= longest:
+            raise InvalidArgument(
+                f"slots are (first, one past the last) within 0 to {longest}, found {slots}"
+            )
         kept = {
             index: layer.select(torch.arange(*(min(slot, layer.slots) for slot in slots)))
             for index, layer in kept.items()

@@ -7,7 +7,7 @@ from itertools import islice
 
 import torch
 
-from kvedit.errors import InvalidArgument, NotFound
+from kvedit.errors import CorruptMemory, InvalidArgument, NotFound, UnknownName
 from kvedit.memory import KVMemory
 from kvedit.memory.show import human_bytes
 from kvedit.store.draft import Draft, Labels
@@ -19,6 +19,8 @@ from kvedit.store.tiering import Tiering
 from kvedit.store.where import parse_where
 
 __all__ = ["Store"]
+
+_KINDS = ("keys", "values", "positions", "source", "bias")
 
 
 class Store(Tiering):
@@ -182,15 +184,18 @@ class Store(Tiering):
         except NotFound:
             self.counters.add(misses=1)
             raise
-        whole = layers is None and slots is None
-        if whole:
-            memory = self._get_whole(record, device, dtype, verify)
-        else:
-            memory = self._read(record, None if layers is None else list(layers), slots, verify)
-            if device is not None or dtype is not None:
-                memory = memory.to(device, dtype)
+        wanted = None if layers is None else list(layers)
+        try:
+            if wanted is None and slots is None:
+                memory = self._get_whole(record, verify)
+            else:
+                memory = self._read(record, wanted, slots, verify)
+        except CorruptMemory as error:
+            if self._shelf.index.by_digest(record.record) is None:  # removed while we read
+                raise self._finder.unknown(ref) from error
+            raise
         self.counters.add(hits=1)
-        return memory
+        return memory if device is None and dtype is None else memory.to(device, dtype)
 
     def peek(
         self,
@@ -211,16 +216,20 @@ class Store(Tiering):
 
         Raises:
             NotFound: if the store has no such memory.
+            UnknownName: if it lacks one of the layers, or there is no such kind.
+            InvalidArgument: if it lacks one of the heads or slots.
             CorruptMemory: if stored bytes are not those that were put.
         """
         record = self._resolve(ref)
         wanted = None if layers is None else list(layers)
-        tensors = self._tensors(record, wanted, kinds, slots)
-        index = None if heads is None else torch.tensor(list(heads), dtype=torch.int64)
+        chosen = {kinds} if isinstance(kinds, str) else set(kinds)
+        for kind in sorted(chosen - set(_KINDS)):
+            raise UnknownName("kind", kind, _KINDS)
         found: dict[int, dict[str, torch.Tensor]] = {}
-        for (layer, kind), tensor in tensors.items():
-            chosen = tensor if index is None or tensor.ndim == 1 else tensor[index]
-            found.setdefault(layer, {})[kind] = chosen
+        for (layer, kind), tensor in self._tensors(record, wanted, chosen, slots).items():
+            of_heads = heads is not None and tensor.ndim > 1
+            part = _heads(tensor, list(heads or ()), kind) if of_heads else tensor
+            found.setdefault(layer, {})[kind] = part
         return found
 
     def show(self, ref: str) -> Details:
@@ -327,3 +336,10 @@ class Store(Tiering):
             f"Store({str(self.path)!r}): {names} names, {human_bytes(size)} in their newest "
             "versions"
         )
+
+
+def _heads(tensor: torch.Tensor, heads: list[int], kind: str) -> torch.Tensor:
+    for head in heads:
+        if not -tensor.shape[0] <= head < tensor.shape[0]:
+            raise InvalidArgument(f"{kind} have heads 0 to {tensor.shape[0] - 1}, found {head}")
+    return tensor[torch.tensor(heads, dtype=torch.int64)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from kvedit.errors import (
     CorruptMemory,
     InvalidArgument,
     KVEditError,
+    MutatedMemory,
     NotFound,
     RaceLost,
     TierUnavailable,
@@ -233,18 +235,14 @@ class Tiering(Upkeep):
     def _get_whole(
         self,
         record: Record,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
         verify: Verify,
     ) -> KVMemory:
         memory = self._from_live(record.record, verify)
         if memory is None:
             memory = self._from_pool(record) or self._read(record, verify=verify)
-            if memory.verified:
+            if verify in ("full", "deep"):  # what comes from there is not checked again
                 self._lift(record.record, memory)
-        if device is None and dtype is None:
-            return memory
-        return memory.to(device, dtype)
+        return memory
 
     def _from_live(self, record: str, verify: Verify) -> KVMemory | None:
         for tier in self._live:
@@ -273,7 +271,7 @@ class Tiering(Upkeep):
 
     def _lift(self, record: str, memory: KVMemory) -> None:
         for tier in self._live:
-            with suppress(CapacityExceeded):
+            with suppress(CapacityExceeded, MutatedMemory):
                 tier.put(record, memory)
 
     # Writing
@@ -309,7 +307,8 @@ class Tiering(Upkeep):
             self._writer.record(event)
 
     def _keep(self, record: Record, memory: KVMemory) -> None:
-        self._lift(record.record, memory)
+        # It was just digested: whatever was known of it before, these are its bytes.
+        self._lift(record.record, dataclasses.replace(memory, verified=True))
         pool = self._pool
         if pool is not None:
             paper = self._finder.paper(record.record)
@@ -354,6 +353,7 @@ class Tiering(Upkeep):
         tiers = []
         if device is not None:
             tiers.append(LiveTier(parse_bytes(device[1]), device[0], count))
+            tiers[0].name = str(tiers[0].device)
         if ram is not None:
             tiers.append(LiveTier(parse_bytes(ram), "cpu", count))
         return tiers

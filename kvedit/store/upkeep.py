@@ -10,6 +10,7 @@ from typing import Any
 from kvedit.errors import CorruptMemory, InvalidArgument, KVEditError, UntrustedMemory
 from kvedit.memory import KVMemory
 from kvedit.store.carry import open_file, travelling, write_file
+from kvedit.store.codecs import LOSSY
 from kvedit.store.crypt import Cipher
 from kvedit.store.draft import Draft, Labels, Prepared, facts
 from kvedit.store.du import Usage, measure_usage
@@ -142,9 +143,10 @@ class Upkeep(Family):
         Raises:
             CorruptMemory: if the file is damaged, or holds another record.
             UntrustedMemory: if the store has trusted keys and none of them signed it.
-            InvalidArgument: if it has no name, or the key is missing or another one.
+            InvalidArgument: if it has no name, or a key is missing or another one.
             RaceLost: if somebody else moved the name meanwhile.
         """
+        self._check_key()
         cipher = None if key is None else Cipher.from_key(key, "")
         found = open_file(Path(path), record, cipher)
         note = dict(found.note)
@@ -159,7 +161,9 @@ class Upkeep(Family):
             note.get("licence", ""),
             note.get("metrics"),
         )
-        draft = Draft(found.memory, target, labels, found.manifest.codec, None, force)
+        # What a lossy codec made is encoded only once: again, it would come out as another memory.
+        codec = "raw" if found.manifest.codec in LOSSY else found.manifest.codec
+        draft = Draft(found.memory, target, labels, codec, None, force)
         cut = found.memory.cut()
         event: dict[str, Any] = {"event": "put", "name": target, **labels.to_json()}
         event |= {"record": found.manifest.record, "content": found.manifest.content}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvedit.runs.verbs.base import Outcome, Verb, table
-from kvedit.runs.verbs.options import add_store, open_store
+from kvedit.runs.verbs.options import add_store, open_store, positive, quoted
 
 if TYPE_CHECKING:
     from kvedit.store import Record
@@ -18,14 +18,24 @@ __all__ = ["LOG", "LS", "RM", "SHOW"]
 def _add_ls(parser: ArgumentParser) -> None:
     parser.add_argument("pattern", nargs="?", help="names to show, for example 'handbook/*'")
     parser.add_argument("--tag", help="only memories with this tag")
+    parser.add_argument(
+        "--where",
+        metavar="CONDITION",
+        help="for example 'tag = refunds and metric.kl < 0.01 and age < 7d'",
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="how many at most")
+    parser.add_argument("--after", metavar="NAME", default="", help="only names behind this one")
     add_store(parser)
 
 
 def _ls(args: Namespace) -> Outcome:
     store = open_store(args)
-    entries = [e for e in store.ls(args.pattern) if args.tag is None or args.tag in e.tags]
+    asked_for = [f"({args.where})"] if args.where else []
+    asked_for += [f"name ~ {quoted(args.pattern)}"] if args.pattern else []
+    asked_for += [f"tag = {quoted(args.tag)}"] if args.tag is not None else []
+    entries = store.ls(" and ".join(asked_for) or None, args.limit, args.after)
     if not entries:
-        asked = " that fits" if args.pattern or args.tag else ""
+        asked = " that fits" if asked_for or args.after else ""
         return Outcome([], f"{store.path} holds nothing{asked}")
     header = ("name", "versions", "record", "created", "slots", "size", "model", "tags", "message")
     rows = [(e.name, e.versions, *_columns(e)) for e in entries]

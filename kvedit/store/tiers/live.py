@@ -51,6 +51,7 @@ class LiveTier(Tier):
 
         Raises:
             CapacityExceeded: if it is bigger than the budget, or what is pinned leaves no room.
+            MutatedMemory: if a tensor of it was written in place.
         """
         size = _size(memory)
         with self._lock:
@@ -59,6 +60,7 @@ class LiveTier(Tier):
                 return
             self._make_room(size)
         owned = _owned(memory, self.device)
+        memory.check_unmodified()  # while it was copied, or before
         with self._lock:
             if record not in self._held:
                 self._make_room(size)
