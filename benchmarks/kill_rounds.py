@@ -29,14 +29,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number in tqdm(range(args.rounds)):
             found = kill_round(Path(folder) / str(number), args.seed + number, args.durability)
-            totals.update(acknowledged=found.acknowledged, reads=found.reads)
+            totals.update(acknowledged=found.acknowledged, checked=found.checked, reads=found.reads)
             for kind in ("lost", "torn", "orphans", "unhealthy", "failed"):
                 totals[kind] += len(getattr(found, kind))
                 for what in getattr(found, kind):
                     tqdm.write(f"round {number}, {kind}: {what}")
             jobs.update(found.jobs)
     print(f"rounds {args.rounds}, durability {args.durability}, processes killed {args.rounds * 6}")
-    for kind in ("acknowledged", "reads", "lost", "torn", "orphans", "unhealthy", "failed"):
+    for kind in (
+        "acknowledged",
+        "checked",
+        "reads",
+        "lost",
+        "torn",
+        "orphans",
+        "unhealthy",
+        "failed",
+    ):
         print(f"{kind:>12} {totals[kind]}")
     print("work done:", dict(jobs))
 

@@ -16,13 +16,17 @@ from kvedit.runs.verbs.ask import ASK, SCORE
 from kvedit.runs.verbs.base import Verb, to_json
 from kvedit.runs.verbs.bench import BENCH
 from kvedit.runs.verbs.capture import CAPTURE
+from kvedit.runs.verbs.carry import EXPORT, IMPORT
 from kvedit.runs.verbs.diff import DIFF
 from kvedit.runs.verbs.doctor import DOCTOR
 from kvedit.runs.verbs.edit import EDIT
 from kvedit.runs.verbs.editors import EDITORS
+from kvedit.runs.verbs.family import ANCESTORS, DESCENDANTS
 from kvedit.runs.verbs.look import LOG, LS, RM, SHOW
+from kvedit.runs.verbs.names import ANNOTATE, BRANCH, PIN, ROLLBACK, TAG, UNPIN
+from kvedit.runs.verbs.remote import EVICT, PULL, PUSH, SYNC
 from kvedit.runs.verbs.replay import REPLAY
-from kvedit.runs.verbs.store import STORE_VERBS
+from kvedit.runs.verbs.upkeep import DU, FSCK, GC, STATS
 
 __all__ = ["VERBS", "build_parser", "main"]
 
@@ -36,8 +40,25 @@ VERBS: tuple[Verb, ...] = (
     LOG,
     DIFF,
     REPLAY,
+    ANCESTORS,
+    DESCENDANTS,
+    TAG,
+    BRANCH,
+    ROLLBACK,
+    ANNOTATE,
+    PIN,
+    UNPIN,
     RM,
-    *STORE_VERBS,
+    EXPORT,
+    IMPORT,
+    PUSH,
+    PULL,
+    SYNC,
+    EVICT,
+    GC,
+    FSCK,
+    DU,
+    STATS,
     EDITORS,
     BENCH,
     DOCTOR,

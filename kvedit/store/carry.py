@@ -96,12 +96,12 @@ def open_file(path: Path, record: str | None, cipher: Cipher | None) -> Carried:
         InvalidArgument: if there is no such file, or it is encrypted and the key is missing or
             another one.
     """
+    if path.is_dir():
+        raise InvalidArgument(f"{path} is a folder: name a file")
     try:
         head, size = read_head(path)
     except FileNotFoundError:
         raise InvalidArgument(f"{path} is missing: name a file that kvedit export wrote") from None
-    except IsADirectoryError:
-        raise InvalidArgument(f"{path} is a folder: name a file") from None
     pack = Pack.parse(head, digest_bytes(head), size, str(path))
     if len(pack.manifests) != 1 or record not in {None, *pack.manifests}:
         raise CorruptMemory(f"{path} does not hold {record or 'one memory'}")
@@ -123,6 +123,6 @@ def _checked(note: Mapping[str, Any], path: Path) -> dict[str, Any]:
         for key in ("source", "licence"):
             check_labels(found.get(key, ""), ())
         check_metrics(found.get("metrics", {}))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptMemory(f"{path}: its labels can't be used: {error}") from error
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -182,7 +181,8 @@ def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """
     for name, value in metrics.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not isinstance(name, str) or not name or not number or not math.isfinite(value):
+        # A float of 10 ** 400 does not exist, and an int of it does.
+        if not isinstance(name, str) or not name or not number or not abs(value) < 1e300:
             raise InvalidArgument(
                 f"metrics are names with finite numbers, found {name!r}: {value!r}"
             )

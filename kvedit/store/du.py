@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 
 from kvedit.memory.show import human_bytes
+from kvedit.store.dtypes import DTYPES
 from kvedit.store.finder import Finder
+from kvedit.store.pack import Extent
 from kvedit.store.recipes import is_recipe
 from kvedit.store.shelf import Shelf
 
@@ -123,7 +126,14 @@ def _sizes(shelf: Shelf, finder: Finder) -> dict[str, int]:
     for name, (blocks, records) in shelf.index.contents().items():
         pack = finder.header(name)
         for extent in pack.extents:
-            share = extent.size // len(extent.blocks)
-            sizes.update({block: share for block in extent.blocks if block in blocks})
+            for number, block in enumerate(extent.blocks):
+                if block in blocks:
+                    sizes[block] = _size(extent, number)
         sizes.update({r: place.size for r, place in pack.manifests.items() if r in records})
     return sizes
+
+
+def _size(extent: Extent, number: int) -> int:
+    if len(extent.blocks) == 1:
+        return extent.size
+    return prod(extent.block_shape(number)) * DTYPES[extent.dtype].itemsize

@@ -65,13 +65,19 @@ class Finder:
             InvalidArgument: if it is no reference, or several digests begin so.
         """
         ref = parse_ref(text)
-        index = self._shelf.index
-        found = index.newest(ref.name, ref.back or 0) if ref.name else None
-        if found is None and ref.prefix:
-            found = self._by_prefix(ref)
+        found = self._look_up(ref)
+        if found is None and self._shelf.index.is_behind():
+            with self._shelf.layout.lock, suppress(CorruptMemory):
+                self._shelf.index.catch_up()
+            found = self._look_up(ref)
         if found is None:
             raise self.unknown(ref.text, ref)
         return found
+
+    def _look_up(self, ref: Ref) -> Record | None:
+        index = self._shelf.index
+        found = index.newest(ref.name, ref.back or 0) if ref.name else None
+        return self._by_prefix(ref) if found is None and ref.prefix else found
 
     def is_unknown(self, ref: object) -> bool:
         """Returns whether the folder has no memory that a reference means."""

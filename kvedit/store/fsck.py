@@ -2,84 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from kvedit.errors import CorruptMemory, KVEditError
 from kvedit.memory import KVMemory
-from kvedit.memory.show import human_bytes
+from kvedit.memory.digest import digest_bytes
 from kvedit.store.finder import Finder
+from kvedit.store.health import Health, Problem
 from kvedit.store.holding import MappedPack
 from kvedit.store.journal import Position
+from kvedit.store.manifest import Manifest, encode_manifest
 from kvedit.store.packing import build_pack, finish
-from kvedit.store.recipes import is_recipe
+from kvedit.store.recipes import Recipe, is_recipe
 from kvedit.store.records import Record
 from kvedit.store.repack import copy_blocks, copy_manifests, damaged_blocks, damaged_manifests
-from kvedit.store.salvage import salvage_log
+from kvedit.store.salvage import differs, salvage_log, unreadable
 from kvedit.store.shelf import Shelf
-from kvedit.store.tables import SCHEMA, apply_event
 from kvedit.store.writer import Writer
 
 __all__ = ["Bring", "Checkup", "Health", "Problem"]
 
 Bring = Callable[[Record], KVMemory | None]
 """Brings a memory from elsewhere: another store, a replay; None if it can't."""
-
-_TABLES = ("packs", "blocks", "manifests", "names", "versions", "nodes")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that is wrong in a store.
-
-    Args:
-        what: what it is and where.
-        repaired: what was done about it; empty where nothing was.
-    """
-
-    what: str
-    repaired: str = ""
-
-    def __str__(self) -> str:
-        """One line."""
-        return f"{self.what}: {self.repaired}" if self.repaired else self.what
-
-
-@dataclass(frozen=True)
-class Health:
-    """What fsck found.
-
-    Args:
-        packs: packs that were read.
-        blocks: blocks whose digest was checked.
-        bytes: bytes that were read.
-        memories: versions whose blocks are all sound.
-        problems: what is wrong, or was before the repair.
-        lost: versions that can't be read, as ``name v3``.
-    """
-
-    packs: int
-    blocks: int
-    bytes: int
-    memories: int
-    problems: tuple[Problem, ...]
-    lost: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether everything is as it should be now."""
-        return not self.lost and all(problem.repaired for problem in self.problems)
-
-    def __str__(self) -> str:
-        """What was read, then one line per problem."""
-        head = (
-            f"{self.packs} packs, {self.blocks} blocks, {human_bytes(self.bytes)} read; "
-            f"{self.memories} versions sound, {len(self.lost)} can't be read"
-        )
-        lines = [head, *map(str, self.problems), *(f"can't be read: {name}" for name in self.lost)]
-        return "\n".join(lines)
 
 
 @dataclass
@@ -100,6 +48,8 @@ class Checkup:
     repair: bool
     bring: Sequence[Bring] = ()
     problems: list[Problem] = field(default_factory=list)
+    bad: set[str] = field(default_factory=set)
+    broken: set[str] = field(default_factory=set)
     packs: int = 0
     blocks: int = 0
     bytes: int = 0
@@ -108,22 +58,36 @@ class Checkup:
         """Returns what is wrong, after the repair where there was one."""
         if self.repair and self.shelf.layout.log.exists():
             self.shelf.layout.create()
+        # What the store has read before is no proof of what is on the disk.
+        kept, self.finder = self.finder, Finder(self.shelf)
+        self.finder.below = kept.below
         with self.shelf.layout.lock:
-            self._check_log()
+            readable = self._check_readable()
+            if not self._check_log() and not readable:
+                return self._health(0, [])  # neither log nor index says what there should be
+            for name, pushed in self._packs():
+                self._check_pack(name, pushed)
             self._check_index()
-            for name, size, pushed in self.shelf.index.packs():
-                self._check_pack(name, size, pushed)
             self._check_strays()
             lost = self._check_memories()
-            sound = sum(len(self.shelf.index.versions(n)) for n in self.shelf.index.names())
-            found = tuple(self.problems)
-            return Health(
-                self.packs, self.blocks, self.bytes, sound - len(lost), found, tuple(lost)
-            )
+            versions = sum(len(self.shelf.index.versions(n)) for n in self.shelf.index.names())
+            return self._health(versions, lost)
+
+    def _health(self, versions: int, lost: list[str]) -> Health:
+        sound, found = versions - len(lost), tuple(self.problems)
+        return Health(self.packs, self.blocks, self.bytes, sound, found, tuple(lost))
 
     # The log and the index
 
-    def _check_log(self) -> None:
+    def _check_readable(self) -> bool:
+        """Looks at the index before a question to it makes an unreadable one again."""
+        why = unreadable(self.shelf.layout)
+        if why:
+            self.problems.append(Problem(why, "made again from the log"))
+        return not why
+
+    def _check_log(self) -> bool:
+        """Returns whether the log is whole, now."""
         try:
             for _ in self.shelf.journal.read(Position()):
                 pass
@@ -131,16 +95,17 @@ class Checkup:
         except CorruptMemory as error:
             if not self.repair:
                 self.problems.append(Problem(str(error)))
-                return
+                return False
             said = salvage_log(self.shelf, self.finder)
             self.problems.append(Problem(str(error), "; ".join(said)))
+        return True
 
     def _check_index(self) -> None:
         path = self.shelf.layout.index
         try:
-            wrong = _differs(self.shelf)
-        except (CorruptMemory, sqlite3.Error, OSError) as error:
-            wrong = f"{path} can't be read: {error}"
+            wrong = differs(self.shelf, self.broken)
+        except (CorruptMemory, sqlite3.Error, ValueError, OSError) as error:
+            wrong = f"{path} can't be compared with the log: {error}"
         if not wrong:
             return
         repaired = ""
@@ -151,7 +116,22 @@ class Checkup:
 
     # Packs
 
-    def _check_pack(self, name: str, size: int, pushed: bool) -> None:
+    def _packs(self) -> list[tuple[str, bool]]:
+        """Returns the packs of the log and of the index, and whether a tier below has each.
+
+        An index that was made while a pack was damaged does not know that pack.
+        """
+        named: dict[str, bool] = {}
+        with suppress(CorruptMemory):
+            for event, _ in self.shelf.journal.read(Position()):
+                for part in event.get("events", [event]):
+                    for name in part.get("gone", []):
+                        named.pop(name, None)
+                    named.update(dict.fromkeys(part.get("packs", []), False))
+        named.update((name, pushed) for name, _, pushed in self.shelf.index.packs())
+        return list(named.items())
+
+    def _check_pack(self, name: str, pushed: bool) -> None:
         path = self.shelf.layout.pack(name)
         if not path.exists():
             if not pushed:
@@ -177,10 +157,10 @@ class Checkup:
     ) -> None:
         if not self.repair:
             self.problems.append(Problem(what))
+            self.bad |= bad | papers
+            if held is None:
+                self.broken.add(name)
             return
-        path = self.shelf.layout.pack(name)
-        if path.exists():
-            self.shelf.layout.quarantine.mkdir(exist_ok=True)
         if self._fetched(name, held):
             self.problems.append(Problem(what, "fetched again from the tier below"))
             return
@@ -197,26 +177,24 @@ class Checkup:
             names = [one.digest for one in fresh]
             self.writer.record({"event": "collect", "gone": [name], "packs": names})
             undo.pop_all()
-        self._put_aside(name)
-        self.problems.append(Problem(what, "put aside in quarantine; its sound blocks are kept"))
+        said = "its sound blocks are kept" if held else "without its header nothing in it is known"
+        self.problems.append(Problem(what, f"put aside in quarantine; {said}"))
 
     def _put_aside(self, name: str) -> None:
         path = self.shelf.layout.pack(name)
-        if path.exists():
+        if os.path.lexists(path):
+            self.shelf.layout.quarantine.mkdir(exist_ok=True)
             path.rename(self.shelf.layout.quarantine / path.name)
 
     def _fetched(self, name: str, held: MappedPack | None) -> bool:
         self._put_aside(name)
         try:
             if self.finder.below.fetch(name):
-                again = self.finder.open(name)
-                if not damaged_blocks(again, self.shelf.cipher):
-                    return True
-                self._put_aside(name)
-        except KVEditError:
-            pass
-        except FileNotFoundError:
-            pass
+                if not self.shelf.index.knows_pack(name):
+                    self.writer.record({"event": "collect", "gone": [], "packs": [name]})
+                return True
+        except (KVEditError, FileNotFoundError):
+            self._put_aside(name)
         # Not to be had: what was put aside is looked at again where it lies.
         if held is not None:
             held.path = self.shelf.layout.quarantine / held.path.name
@@ -234,29 +212,39 @@ class Checkup:
 
     def _check_memories(self) -> list[str]:
         lost = []
-        held = {name for name, _, pushed in self.shelf.index.packs() if pushed}
-        held |= {path.stem for path in self.shelf.layout.packs.glob("*.safetensors")}
         seen: dict[str, bool] = {}
         for name in self.shelf.index.names():
             for record in self.shelf.index.versions(name):
                 if record.record not in seen:
-                    seen[record.record] = self._sound(record, held) or self._brought(record)
+                    seen[record.record] = self._sound(record) or self._brought(record)
                 if not seen[record.record]:
                     lost.append(f"{record.name} v{record.version}")
         return lost
 
-    def _sound(self, record: Record, held: set[str]) -> bool:
+    def _sound(self, record: Record) -> bool:
         try:
+            if record.record in self.bad:
+                return False
             if is_recipe(record):
-                self.finder.paper(record.record)
-                return True
-            manifest = self.finder.manifest(record.record, record.content)
+                recipe = Recipe.parse(self.finder.paper(record.record), record.record)
+                return self._whole(self.finder.manifest(recipe.base, ""))
+            return self._whole(self.finder.manifest(record.record, record.content))
         except (KVEditError, OSError):
             return False
-        parts = manifest.parts.values()
-        blocks = {block.digest for part in parts for block in part.blocks}
-        places = self.shelf.index.locate(blocks)
-        return blocks == places.keys() and all(pack in held for pack, _, _ in places.values())
+
+    def _whole(self, manifest: Manifest) -> bool:
+        blocks = {block.digest for part in manifest.parts.values() for block in part.blocks}
+        return not self._missing(blocks)
+
+    def _missing(self, blocks: Iterable[str]) -> set[str]:
+        """Returns those of the blocks that no sound pack holds, here or below."""
+        wanted = set(blocks)
+        held = {
+            block
+            for block, (pack, _, pushed) in self.shelf.index.locate(wanted).items()
+            if pack not in self.broken and (pushed or self.shelf.layout.pack_size(pack) >= 0)
+        }
+        return (wanted - held) | (wanted & self.bad)
 
     def _brought(self, record: Record) -> bool:
         if not self.repair or is_recipe(record):
@@ -268,51 +256,33 @@ class Checkup:
                 continue
             if memory is not None and memory.digest == record.content:
                 self._restore(record, memory)
-                said = Problem(f"{record.name} v{record.version} was not whole", "brought back")
-                self.problems.append(said)
-                return True
+                if self._sound(record):
+                    what = f"{record.name} v{record.version} was not whole"
+                    self.problems.append(Problem(what, "brought back"))
+                    return True
         return False
 
     def _restore(self, record: Record, memory: KVMemory) -> None:
-        from kvedit.store.manifest import encode_manifest
-
         cut = memory.to("cpu").cut()
-        places = self.shelf.index.locate(block.digest for block in cut)
-        missing = {b.digest: b for b in cut if b.digest not in places}
+        different = {block.digest: block for block in cut}
+        missing = self._missing(different)
         paper, _ = encode_manifest(memory, cut, record.codec)
         papers = {}
-        if self.shelf.index.manifest_pack(record.record) is None:
+        # Equal content may have come about in another way: that is another record.
+        if digest_bytes(paper) == record.record and not self._has_paper(record):
             papers[record.record] = paper
+        if not missing and not papers:
+            return
         with ExitStack() as undo:
-            pack = build_pack(list(missing.values()), papers, cipher=self.shelf.cipher)
+            fresh = [block for digest, block in different.items() if digest in missing]
+            pack = build_pack(fresh, papers, cipher=self.shelf.cipher)
             self.writer.publish(pack, undo)
             self.writer.record({"event": "collect", "gone": [], "packs": [pack.digest]})
             undo.pop_all()
 
-
-def _differs(shelf: Shelf) -> str:
-    """Returns in what the index differs from one made of the log, or nothing."""
-    with closing(sqlite3.connect(":memory:")) as fresh:
-        fresh.row_factory = sqlite3.Row
-        for statement in SCHEMA:
-            fresh.execute(statement)
-        for event, _ in shelf.journal.read(Position()):
-            apply_event(fresh, event, shelf.layout)
-        shelf.index.catch_up()
-        with closing(sqlite3.connect(f"file:{shelf.layout.index}?mode=ro", uri=True)) as own:
-            if own.execute("PRAGMA integrity_check").fetchone()[0] != "ok":
-                return f"{shelf.layout.index} is damaged"
-            for table in _TABLES:
-                columns = "*" if table != "packs" else "digest, bytes, pushed"
-                if table in ("blocks", "manifests"):
-                    key = "digest" if table == "blocks" else "record"
-                    query = (
-                        f"SELECT t.{key}, p.digest FROM {table} AS t JOIN packs AS p "
-                        "ON p.id = t.pack ORDER BY 1"
-                    )
-                else:
-                    query = f"SELECT {columns} FROM {table} ORDER BY 1, 2"
-                ours = [tuple(row) for row in own.execute(query)]
-                if ours != [tuple(row) for row in fresh.execute(query)]:
-                    return f"{shelf.layout.index}: table {table} is not what the log says"
-    return ""
+    def _has_paper(self, record: Record) -> bool:
+        try:
+            self.finder.manifest(record.record, "")
+        except (KVEditError, OSError):
+            return False
+        return True

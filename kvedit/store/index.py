@@ -285,6 +285,14 @@ class Index:
 
     # Changes; the caller holds the lock
 
+    def is_behind(self) -> bool:
+        """Returns whether the log has lines that the index has not seen."""
+        rows = self._rows("SELECT bytes FROM applied")
+        try:
+            return bool(rows) and self._layout.log.stat().st_size > rows[0]["bytes"]
+        except FileNotFoundError:
+            return False
+
     def catch_up(self) -> Position:
         """Applies the log's new lines in one transaction; returns the end of the log."""
 

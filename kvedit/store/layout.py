@@ -104,10 +104,11 @@ class Layout:
         with self.lock:
             for folder in (self.temporary, self.packs, self.headers):
                 folder.mkdir(exist_ok=True)
-            if not self.exists() or self._version() != _FORMAT["version"]:
-                self.publish(self.marker, [canonical_json(_FORMAT)])
+            # The log first: a store that has its marker has all it needs to be read.
             if not self.log.exists():
                 self._start_log()
+            if not self.exists() or self._version() != _FORMAT["version"]:
+                self.publish(self.marker, [canonical_json(_FORMAT)])
             self.sync_folder(self.root)
         self._made = True
 
@@ -135,12 +136,13 @@ class Layout:
             raise
         return size
 
-    def _write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+    def _write(self, path: Path, chunks: Iterable[bytes | memoryview], sync: bool = True) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         file = os.open(path, flags, 0o666)
         try:
             size = sum(write_all(file, chunk) for chunk in chunks)
-            self.sync(file)
+            if sync:
+                self.sync(file)
         finally:
             os.close(file)
         return size
@@ -174,13 +176,17 @@ class Layout:
             yield
             return
         path = self.temporary / f"{_INTENT}{os.getpid()}-{secrets.token_hex(8)}"
-        path.write_bytes(canonical_json(names))
         try:
+            self._write(path, [canonical_json(names)], sync=False)
             yield
         except Exception:
-            path.unlink(missing_ok=True)  # what failed has cleaned up; an interrupt may not have
+            self._forget(path)  # what failed has cleaned up; an interrupt may not have
             raise
-        path.unlink(missing_ok=True)
+        self._forget(path)
+
+    def _forget(self, path: Path) -> None:
+        with suppress(OSError):  # a note too many is harmless: the next one to open reads it
+            path.unlink(missing_ok=True)
 
     def intended(self) -> list[str]:
         """Returns the packs of writers that died, and forgets them; the caller holds the lock."""
@@ -209,10 +215,12 @@ class Layout:
     def _check(self) -> None:
         if not self.exists():
             names = [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
-            # A first put that died left no more than these.
-            ours = ("lock", "namespaces", "tmp", "packs", "headers", self.marker.name)
-            if self.root.is_file() or any(
-                name not in ours and not name.startswith(_TEMPORARY) for name in names
+            # A first put that died left no more than these; one that goes on may have ended now.
+            ours = ["lock", "namespaces", "tmp", "packs", "headers", self.marker.name]
+            with suppress(FileNotFoundError):
+                ours += [self.log.name] if self.log.stat().st_size == 0 else []
+            if self.root.is_file() or not (
+                all(name in ours or name.startswith(_TEMPORARY) for name in names) or self.exists()
             ):
                 raise InvalidArgument(
                     f"{self.root} is not empty and has no {self.marker.name}: it is no store; "

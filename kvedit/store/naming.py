@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -128,18 +129,12 @@ class Naming(OpenStore):
                 {**found.metrics, **check_metrics(metrics or {})},
                 ttl or None,
             )
-            body = labels.to_json()
             if ttl is None:
-                body["expires"] = (
-                    found.expires.isoformat("T", "microseconds") if found.expires else None
-                )
-            event = {"event": "note", "name": found.name, "version": found.version, **body}
-            self._writer.record(event, end)
-            return next(
-                version
-                for version in self._shelf.index.versions(found.name)
-                if version.version == found.version
-            )
+                labels = dataclasses.replace(labels, expires=found.expires)
+            event = {"event": "note", "name": found.name, "version": found.version}
+            self._writer.record({**event, **labels.to_json()}, end)
+            # Not asked of the index: its time may be over already.
+            return dataclasses.replace(found, **vars(labels))
 
     def pin(self, name: str) -> None:
         """Keeps a name out of eviction and expiry.

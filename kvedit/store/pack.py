@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ EXPANSION = 256
 
 _FIRST_FORMAT = "kvedit.pack.1"
 _SMALL = 4096
+_MOST_AXES = 16
 _SHAPE_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
@@ -230,6 +232,9 @@ def read_head(path: Path) -> tuple[bytes, int]:
         CorruptMemory: if it is shorter than its header.
         FileNotFoundError: if it is missing.
     """
+    # Opening a pipe that somebody put there would wait for ever.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise CorruptMemory(f"{path} is no file: something else lies in its place")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(8)
@@ -244,6 +249,10 @@ def _in_order(header: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _place(place: dict[str, Any], start: int, expected: int) -> tuple[int, int]:
+    numbers = (*place["shape"], *place["data_offsets"])
+    # Before any product is taken: numbers only, and not too many, whoever wrote the header.
+    if len(numbers) > _MOST_AXES or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
+        raise ValueError("a shape or an offset is no number")
     first, last = (start + offset for offset in place["data_offsets"])
     # The dtype and shape of safetensors must agree as well, so that its own reader takes the file.
     count = math.prod(place["shape"]) * DTYPES[NAMES[place["dtype"]]].itemsize

@@ -58,12 +58,14 @@ class PlannedPart:
         shape: its axes.
         sources: where its blocks come from, in order.
         view: where it lies in one piece, or None.
+        place: equal for tensors that are made of the same bytes in the same way.
     """
 
     part: Part
     shape: tuple[int, ...]
     sources: tuple[Source, ...]
     view: View | None
+    place: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +95,8 @@ def plan_parts(parts: Sequence[Part], packs: Mapping[str, HeldPack], cipher: Cip
         CorruptMemory: if a block is missing or has another shape.
         InvalidArgument: if the memory is sealed and the key is missing or another one.
     """
-    planned = tuple(_plan(part, packs) for part in parts)
+    places: dict[object, int] = {}
+    planned = tuple(_plan(part, packs, places) for part in parts)
     used = {held.pack.digest: held.pack for held in packs.values()}
     for name, pack in used.items():
         check_sealed(name, pack.cipher, cipher)
@@ -127,10 +130,12 @@ def check_sealed(name: str, sealed_with: str, cipher: Cipher | None) -> None:
     )
 
 
-def _plan(part: Part, packs: Mapping[str, HeldPack]) -> PlannedPart:
+def _plan(part: Part, packs: Mapping[str, HeldPack], places: dict[object, int]) -> PlannedPart:
     sources = tuple(_find(block, packs) for block in part.blocks)
     shape = part.shape
-    return PlannedPart(part, shape, sources, _view(part, shape, sources))
+    made_of = tuple((one.pack, one.extent.offset, one.number) for one in sources)
+    place = places.setdefault((part.dtype, shape, made_of), len(places))
+    return PlannedPart(part, shape, sources, _view(part, shape, sources), place)
 
 
 def _find(block: BlockRef, packs: Mapping[str, HeldPack]) -> Source:

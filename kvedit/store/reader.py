@@ -63,8 +63,8 @@ def read_planned(
 ) -> dict[tuple[int, str], torch.Tensor]:
     """Returns the tensors of a plan, by layer and kind.
 
-    A tensor that lies in one piece in a pack is a view of the mapped file; layers that share
-    one share the view. The others are put together from their blocks.
+    A tensor that lies in one piece in a pack is a view of the mapped file; the others are put
+    together from their blocks. Layers whose blocks are the same ones share the tensor.
 
     Args:
         plan: what to read.
@@ -76,16 +76,15 @@ def read_planned(
         CorruptMemory: if a block is not what was put; no tensor is returned then.
         InvalidArgument: if a tensor is too big for the machine.
     """
-    views: dict[tuple[object, ...], torch.Tensor] = {}
+    made: dict[int, torch.Tensor] = {}
     tensors: dict[tuple[int, str], torch.Tensor] = {}
     pieces: list[_Piece] = []
     for one in plan.parts:
-        key = (one.view, one.part.dtype, one.shape)
-        tensor = views.get(key) if one.view else None
+        tensor = made.get(one.place)
         known = tensor is not None
         if tensor is None:
             tensor = _viewed(one, held) if one.view else _empty(one.part, one.shape)
-            views[key] = tensor
+            made[one.place] = tensor
         tensors[one.part.layer, one.part.kind] = tensor
         if not known and (one.view is None or verify != "off"):
             mapped = one.view is not None

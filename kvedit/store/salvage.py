@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import closing, suppress
 from typing import Any
 
-from kvedit.errors import CorruptMemory
+from kvedit.errors import KVEditError
 from kvedit.memory.digest import canonical_json, digest_bytes
 from kvedit.store.draft import Labels
 from kvedit.store.finder import Finder
+from kvedit.store.journal import Position
 from kvedit.store.layout import Layout
 from kvedit.store.manifest import Manifest
 from kvedit.store.pack import Pack
 from kvedit.store.sealed import read_paper
 from kvedit.store.shelf import Shelf
+from kvedit.store.tables import SCHEMA, VERSION, apply_event
 
-__all__ = ["chain", "good_lines", "lost_events", "salvage_log"]
+__all__ = ["chain", "differs", "good_lines", "lost_events", "salvage_log", "unreadable"]
 
 
 def good_lines(data: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Returns the events whose own checksum holds, and how many lines are damaged.
+    """Returns the events whose own checksum holds, in order, and how many lines are damaged.
 
     Args:
         data: the bytes of the log.
     """
-    events, bad = [], 0
+    events: dict[int, dict[str, Any]] = {}
+    bad = 0
     for line in data.split(b"\n"):
         if not line:
             continue
@@ -35,13 +38,14 @@ def good_lines(data: bytes) -> tuple[list[dict[str, Any]], int]:
             event = json.loads(line)
             checksum = event.pop("checksum")
             whole = digest_bytes(canonical_json(event)) == checksum
+            number = int(event["sequence"]) if whole else 0
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             whole = False
         if whole:
-            events.append(event)
+            events.setdefault(number, event)  # a line that is there twice happened once
         else:
             bad += 1
-    return events, bad
+    return [events[number] for number in sorted(events)], bad
 
 
 def chain(events: Iterable[dict[str, Any]]) -> bytes:
@@ -59,38 +63,43 @@ def chain(events: Iterable[dict[str, Any]]) -> bytes:
 def salvage_log(shelf: Shelf, finder: Finder) -> list[str]:
     """Returns what it did to make a damaged log whole; the caller holds the lock.
 
-    Good lines stay. Memories whose lines are lost but whose manifests lie in the packs get names
-    under ``recovered/``, unless the index, which may have seen the lost lines, knows better: then
-    it says what was there. The damaged log is kept in ``quarantine``.
+    What the index has seen it says, lost lines and removals with it; good lines behind that stay.
+    Without an index all good lines stay. Memories whose lines are lost but whose manifests lie in
+    packs that neither knows get names under ``recovered/``. The damaged log is kept in
+    ``quarantine``.
     """
     layout = shelf.layout
     data = layout.log.read_bytes() if layout.log.exists() else b""
     events, bad = good_lines(data)
     said = [f"{bad} lines of the log are damaged, {len(events)} are good"]
-    known = _from_index(layout, len(events) + bad)
-    if known is not None:
-        said.append("the index has seen them all: the log is made again from it")
-        events = known
-    else:
-        found = lost_events(shelf, finder, events)
-        said.append(f"{len(found)} memories without a line: see recovered/")
-        events = [*events, *found]
-    layout.quarantine.mkdir(exist_ok=True)
+    seen, packs, known = _from_index(layout)
+    if known:
+        events = [*known, *(event for event in events if event["sequence"] > seen)]
+        said.append(f"its first {seen} lines are made again from the index")
+    found = lost_events(shelf, finder, events, packs)
+    names = sum(event["event"] == "put" for event in found)
+    if names:
+        said.append(f"{names} memories without a line: see recovered/")
+    for folder in (layout.temporary, layout.quarantine):
+        folder.mkdir(exist_ok=True)
     if data:
         kept = layout.quarantine / f"log-{digest_bytes(data)[:16]}.jsonl"
         layout.publish(kept, [data])
-    layout.publish(layout.log, [chain(events)])
+    layout.publish(layout.log, [chain([*events, *found])])
     shelf.index.rebuild()
     return said
 
 
-def lost_events(shelf: Shelf, finder: Finder, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def lost_events(
+    shelf: Shelf, finder: Finder, events: list[dict[str, Any]], known: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Returns events that bring packs and memories back which no event names.
 
     Args:
         shelf: the store's parts.
         finder: opens the packs.
         events: what is known.
+        known: packs to leave alone: what they hold and no event names was removed.
     """
     parts = [part for event in events for part in event.get("events", [event])]
     records = {part.get("record") for part in parts}
@@ -99,7 +108,9 @@ def lost_events(shelf: Shelf, finder: Finder, events: list[dict[str, Any]]) -> l
     found = []
     strays = []
     for path in sorted(shelf.layout.packs.glob("*.safetensors")):
-        with suppress(CorruptMemory, FileNotFoundError, ValueError):
+        if path.stem in known:
+            continue
+        with suppress(KVEditError, OSError):
             pack = Pack.open(path)
             if pack.digest not in named:
                 strays.append(pack.digest)
@@ -112,6 +123,58 @@ def lost_events(shelf: Shelf, finder: Finder, events: list[dict[str, Any]]) -> l
     return [event for event in found if event]
 
 
+def unreadable(layout: Layout) -> str:
+    """Returns why the index can't be read, or nothing."""
+    try:
+        with closing(_open(layout)) as connection:
+            if connection.execute("PRAGMA integrity_check").fetchone()[0] != "ok":
+                return f"{layout.index} is damaged"
+            if connection.execute("PRAGMA user_version").fetchone()[0] != VERSION:
+                return f"{layout.index} is of another version"
+    except (sqlite3.Error, ValueError) as error:
+        return f"{layout.index} can't be read: {error}"
+    return ""
+
+
+def differs(shelf: Shelf, broken: Collection[str] = ()) -> str:
+    """Returns in what the index differs from one made of the log, or nothing.
+
+    Args:
+        shelf: the store's parts.
+        broken: packs whose header can't be read now, and could be when they were put.
+    """
+    with closing(sqlite3.connect(":memory:")) as fresh:
+        fresh.row_factory = sqlite3.Row
+        for statement in SCHEMA:
+            fresh.execute(statement)
+        for event, _ in shelf.journal.read(Position()):
+            apply_event(fresh, event, shelf.layout)
+        shelf.index.catch_up()
+        with closing(_open(shelf.layout)) as own:
+            for table, query in _COMPARED.items():
+                ours, theirs = ([tuple(row) for row in c.execute(query)] for c in (own, fresh))
+                if table in _OF_PACKS:
+                    ignored = {row[1] for row in (*ours, *theirs) if row[0] in broken}
+                    ours, theirs = (
+                        [row for row in rows if row[1] not in ignored] for rows in (ours, theirs)
+                    )
+                if ours != theirs:
+                    return f"{shelf.layout.index}: table {table} is not what the log says"
+    return ""
+
+
+_OF_PACKS = ("packs", "blocks", "manifests")
+_COMPARED = {
+    "packs": "SELECT digest, digest, bytes, pushed FROM packs ORDER BY 1",
+    "blocks": "SELECT p.digest, t.digest FROM blocks AS t JOIN packs AS p ON p.id = t.pack "
+    "ORDER BY 2",
+    "manifests": "SELECT p.digest, t.record FROM manifests AS t JOIN packs AS p ON p.id = t.pack "
+    "ORDER BY 2",
+    "names": "SELECT * FROM names ORDER BY 1",
+    "removed": "SELECT * FROM removed ORDER BY 1",
+    "versions": "SELECT * FROM versions ORDER BY 1, 2",
+    "nodes": "SELECT * FROM nodes ORDER BY 1, 2",
+}
 _EPOCH = "1970-01-01T00:00:00.000000+00:00"
 
 
@@ -145,29 +208,29 @@ def _recovered(shelf: Shelf, finder: Finder, pack: Pack, record: str) -> dict[st
     }
 
 
-def _from_index(layout: Layout, lines: int) -> list[dict[str, Any]] | None:
-    """Returns events that make the index as it is, or None if it has seen fewer lines."""
+def _open(layout: Layout) -> sqlite3.Connection:
+    connection = sqlite3.connect(f"{layout.index.as_uri()}?mode=ro", uri=True)
+    connection.row_factory = sqlite3.Row
+    return connection
+
+
+def _from_index(layout: Layout) -> tuple[int, list[str], list[dict[str, Any]]]:
+    """Returns how many lines the index has seen, its packs, and events that make it as it is."""
+    if unreadable(layout):
+        return 0, [], []
     try:
-        with closing(sqlite3.connect(f"file:{layout.index}?mode=ro", uri=True)) as connection:
-            connection.row_factory = sqlite3.Row
-            if connection.execute("PRAGMA integrity_check").fetchone()[0] != "ok":
-                return None
-            row = connection.execute("SELECT sequence FROM applied").fetchone()
-            if row is None or row["sequence"] < lines:
-                return None
-            return _events_of(connection)
+        with closing(_open(layout)) as connection:
+            seen = connection.execute("SELECT sequence FROM applied").fetchone()[0]
+            rows = connection.execute("SELECT digest FROM packs ORDER BY id")
+            packs = [row["digest"] for row in rows]
+            return int(seen), packs, _events_of(connection, packs)
     except (sqlite3.Error, ValueError, TypeError):
-        return None
+        return 0, [], []
 
 
-def _events_of(connection: sqlite3.Connection) -> list[dict[str, Any]]:
-    packs = [row["digest"] for row in connection.execute("SELECT digest FROM packs ORDER BY id")]
-    pushed = [
-        row["digest"] for row in connection.execute("SELECT digest FROM packs WHERE pushed = 1")
-    ]
+def _events_of(connection: sqlite3.Connection, packs: list[str]) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = [
-        {"event": "collect", "gone": [], "packs": packs, "time": _EPOCH},
-        {"event": "pushed", "packs": pushed, "time": _EPOCH},
+        {"event": "collect", "gone": [], "packs": packs, "time": _EPOCH}
     ]
     for row in connection.execute("SELECT * FROM versions ORDER BY sequence, version"):
         nodes = connection.execute(
@@ -192,4 +255,15 @@ def _events_of(connection: sqlite3.Connection) -> list[dict[str, Any]]:
         events.append(event)
         if pinned:
             events.append({"event": "pin", "name": row["name"], "pinned": True, "time": _EPOCH})
-    return events
+    return [*events, _pushed(connection)]
+
+
+def _pushed(connection: sqlite3.Connection) -> dict[str, Any]:
+    packs = connection.execute("SELECT digest FROM packs WHERE pushed = 1 ORDER BY id")
+    # Versions are counted anew, from 1.
+    names = connection.execute(
+        "SELECT n.name, COUNT(*) FROM names AS n JOIN versions AS v ON v.name = n.name AND "
+        "v.version <= n.pushed GROUP BY n.name"
+    )
+    found = {"packs": [row[0] for row in packs], "names": {row[0]: row[1] for row in names}}
+    return {"event": "pushed", **found, "time": _EPOCH}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+from kvedit.errors import CorruptMemory
 from kvedit.store.counters import Counters
 from kvedit.store.crypt import Cipher
 from kvedit.store.index import Index
@@ -47,13 +48,16 @@ class Shelf:
     def tidy(self) -> None:
         """Removes what writers that died left behind; the caller holds the lock."""
         packs = self.layout.intended()
-        if packs and self.layout.log.exists():
-            self.index.catch_up()
+        if self.layout.log.exists():
+            try:
+                self.index.catch_up()  # it may lack what a writer wrote down and died
+            except CorruptMemory:
+                return  # of the log: what it names is not known; readers go on by the index
             for pack in packs:
                 if not self.index.knows_pack(pack):
                     self.layout.pack(pack).unlink(missing_ok=True)
                     self.layout.header(pack).unlink(missing_ok=True)
-        elif packs:
+        else:
             for pack in packs:
                 self.layout.pack(pack).unlink(missing_ok=True)
         self.layout.sweep()

@@ -10,6 +10,7 @@ import torch
 from kvedit.errors import CorruptMemory, InvalidArgument, NotFound, UnknownName
 from kvedit.memory import KVMemory
 from kvedit.memory.show import human_bytes
+from kvedit.store.diff import MemoryDiff, diff_memories
 from kvedit.store.draft import Draft, Labels
 from kvedit.store.reader import VERIFY, Verify
 from kvedit.store.recipes import RECIPE, is_recipe
@@ -302,6 +303,23 @@ class Store(Tiering):
         """Returns all names in order."""
         self._learn()
         return self._shelf.index.names()
+
+    def diff(self, a: str, b: str, slots: int = 10) -> MemoryDiff:
+        """Returns where two memories differ: blocks, layers and heads, slots, steps.
+
+        How differently they behave is :func:`kvedit.divergence`.
+
+        Args:
+            a: one memory.
+            b: the other.
+            slots: how many of the slots that changed most to name.
+
+        Raises:
+            NotFound: if one is not there.
+            CorruptMemory: if stored bytes are not those that were put.
+            IncompatibleModel: if they come from models of different shape.
+        """
+        return diff_memories(self, a, b, slots)
 
     def rebuild_index(self) -> None:
         """Makes the index again from the log; a missing or unreadable index does so by itself.

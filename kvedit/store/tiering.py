@@ -237,14 +237,14 @@ class Tiering(Upkeep):
         record: Record,
         verify: Verify,
     ) -> KVMemory:
-        memory = self._from_live(record.record, verify)
+        memory = None if verify == "deep" else self._from_live(record.record)
         if memory is None:
             memory = self._from_pool(record) or self._read(record, verify=verify)
             if verify in ("full", "deep"):  # what comes from there is not checked again
                 self._lift(record.record, memory)
         return memory
 
-    def _from_live(self, record: str, verify: Verify) -> KVMemory | None:
+    def _from_live(self, record: str) -> KVMemory | None:
         for tier in self._live:
             memory = tier.get(record)
             if memory is not None:

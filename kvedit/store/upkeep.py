@@ -57,9 +57,14 @@ class Upkeep(Family):
         Args:
             repair: whether to change anything.
             sources: other stores that may hold the same memories.
+
+        Raises:
+            InvalidArgument: if it should repair packs of another key.
         """
         if not self._shelf.layout.exists():
             return Health(0, 0, 0, 0, (), ())
+        if repair:
+            self._check_key()
         ways: list[Bring] = [*map(_bring_from, sources), self._bring_by_replay]
         return Checkup(self._shelf, self._finder, self._writer, repair, ways).run()
 

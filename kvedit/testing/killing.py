@@ -30,6 +30,7 @@ class Round:
 
     Args:
         acknowledged: puts that returned before the kill.
+        checked: of these, not removed again before the kill.
         reads: memories that readers got.
         lost: acknowledged memories that are not there, or not whole.
         torn: reads that gave a memory nobody put.
@@ -40,6 +41,7 @@ class Round:
     """
 
     acknowledged: int = 0
+    checked: int = 0
     reads: int = 0
     lost: list[str] = field(default_factory=list)
     torn: list[str] = field(default_factory=list)
@@ -156,9 +158,10 @@ def _check(
     known = {_memory(0).digest} | {what for kind, what in heard if kind == "known"}
     found.failed += [what for kind, what in heard if kind == "failed"]
     found.jobs.update(what for kind, what in heard if kind == "job")
-    removed = {what for kind, what in heard if kind == "removing"}
+    # Names belong to one writer each: what it put after a removal began counts again.
+    last = {what: place for place, (kind, what) in enumerate(heard) if kind == "removing"}
     store = _open(folder, durability)
-    for kind, what in heard:
+    for place_heard, (kind, what) in enumerate(heard):
         if kind == "read":
             found.reads += 1
             if what not in known:
@@ -166,8 +169,9 @@ def _check(
         if kind == "put":
             name, record, content = what
             found.acknowledged += 1
-            if name in removed:
+            if last.get(name, -1) > place_heard:
                 continue
+            found.checked += 1
             try:
                 if store.get(record).digest != content:
                     found.lost.append(f"{name} is another memory")

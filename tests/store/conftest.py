@@ -127,3 +127,23 @@ def temporaries(store):
 def store(tmp_path):
     with Store(tmp_path / "memories", durability="process") as opened:
         yield opened
+
+
+def small(seed=0, **how):
+    """A memory of a few hundred bytes."""
+    return build_memory(seed, **{"layers": 1, "slots": 4, **how})
+
+
+def pack_bytes(store):
+    return sum(path.stat().st_size for path in files(store, "packs/*"))
+
+
+def every_byte(root):
+    """The bytes of every file below a folder, by path."""
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def flip(path, offset):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)

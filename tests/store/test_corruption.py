@@ -185,7 +185,7 @@ def test_resized_manifests(filled, change):
     path, record, _ = manifest_place(filled)
     held = filled._finder.open(path.stem)
     whole = filled._finder.paper(record)
-    pack = finish(copy_blocks(held, held.pack.entries), [paper_piece(record, change(whole))])
+    pack = finish(copy_blocks(held, set(held.pack.entries)), [paper_piece(record, change(whole))])
     replace_pack(filled, path.stem, b"".join(pack.chunks))
     with Store(filled.path) as again, pytest.raises(CorruptMemory, match=f"manifest {record}"):
         again.get("m")
@@ -340,7 +340,7 @@ def hostile(store, memory, change):
     text = canonical_json(data)
     digest = digest_bytes(text)
     content = digest_bytes(canonical_json(data.get("content")))
-    pack = finish(copy_blocks(held, held.pack.entries), [paper_piece(digest, text)])
+    pack = finish(copy_blocks(held, set(held.pack.entries)), [paper_piece(digest, text)])
     event |= {"record": digest, "content": content}
     (store.path / "log.jsonl").write_bytes(chain([event]))
     replace_pack(store, held.pack.digest, b"".join(pack.chunks))

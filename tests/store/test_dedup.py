@@ -31,9 +31,7 @@ def big(dtype):
     }
     return KVMemory(
         memory,
-        dataclasses.replace(spec, layers=layers, max_positions=8192)
-        if hasattr(spec, "max_positions")
-        else dataclasses.replace(spec, layers=layers),
+        dataclasses.replace(spec, layers=layers),
         SLOTS,
         build_source(SLOTS, "text", draw),
         Lineage((LineageNode("capture", "capture", 1, "{}"),)),

@@ -10,6 +10,7 @@ from typing import Any
 
 from kvedit.runs.verbs.base import Outcome, Verb, table
 from kvedit.runs.verbs.options import (
+    REF,
     add_model,
     add_prompt,
     add_store,
@@ -20,11 +21,9 @@ from kvedit.runs.verbs.options import (
 
 __all__ = ["ASK", "SCORE"]
 
-_REF = "name, name@{1}, digest or the beginning of one"
-
 
 def _add_ask(parser: ArgumentParser) -> None:
-    parser.add_argument("ref", help=_REF)
+    parser.add_argument("ref", help=REF)
     parser.add_argument("question", nargs="+", help="each is asked on its own")
     add_store(parser)
     add_model(parser, default="the one that made the memory")
@@ -85,7 +84,7 @@ def _shown(replies: list[dict[str, Any]]) -> str:
 
 
 def _add_score(parser: ArgumentParser) -> None:
-    parser.add_argument("ref", help=_REF)
+    parser.add_argument("ref", help=REF)
     parser.add_argument("prompt", help="what stands before the continuations")
     parser.add_argument("continuation", nargs="+", help="quote leading spaces")
     add_store(parser)

@@ -48,8 +48,8 @@ def _run(args: Namespace) -> Outcome:
     from kvedit.store.refs import check_name
 
     editors = [build_editor(words) for words in args.editor]
+    args.message = args.message or "; ".join(map(shlex.join, args.editor))
     options = put_options(args)
-    options["message"] = args.message or "; ".join(map(shlex.join, args.editor))
     store = open_store(args)
     origins = [store.show(ref).record for ref in args.ref]
     if len(origins) > 1 and args.name is None:

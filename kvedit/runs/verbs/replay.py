@@ -1,12 +1,18 @@
-"""``kvedit replay``: make a stored memory again from its steps, and say how far it is."""
+"""``kvedit replay``: make a stored memory again from its steps, and compare the two."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+from kvedit.errors import NotFound
 from kvedit.runs.verbs.base import Outcome, Verb
-from kvedit.runs.verbs.options import REF, add_model, add_store, load_model_of, open_store
+from kvedit.runs.verbs.options import REF, add_model, add_store, load_model, open_store
+
+if TYPE_CHECKING:
+    from kvedit.memory import KVMemory
+    from kvedit.store import Store
 
 __all__ = ["REPLAY"]
 
@@ -16,31 +22,63 @@ def _add(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--from-scratch",
         action="store_true",
-        help="repeat the capture as well, with the model, instead of starting at a stored memory",
+        help="repeat all steps; default: those since the nearest stored memories",
     )
     add_store(parser)
-    add_model(parser, "the one that the memory names")
+    add_model(parser, default="none: only steps that run no model are repeated")
 
 
 def _run(args: Namespace) -> Outcome:
     from kvedit.editors.replaying import compare_replay, replay
 
     store = open_store(args)
-    memory = store.get(args.ref)
-    capture: Any = None
-    if args.from_scratch and memory.source is not None:
-        from kvedit.runtime.recapture import recapturer
+    record = store.show(args.ref).record
+    memory = store.get(record.record)
+    lookup = None if args.from_scratch else _lookup(store)
+    try:
+        again = replay(memory, lookup, **(_means(memory, args) if args.model else {}))
+    except NotFound as error:
+        if args.model:
+            raise
+        raise NotFound(f"{error} (on the command line: --model NAME)") from error
+    report = compare_replay(memory, again)
+    return Outcome({"name": record.name, "record": record.record, **vars(report)}, repr(report))
 
-        capture = recapturer(*load_model_of(memory, args), memory.source)
-    inputs: Any = {} if args.from_scratch else store.memory_of
-    report = compare_replay(memory, replay(memory, inputs, capture))
-    return Outcome(report, str(report))
+
+def _lookup(store: Store) -> Callable[[str], KVMemory | None]:
+    def find(name: str) -> KVMemory | None:
+        found = store.memory_of(name)
+        if found is None and name in store:  # a memory without history, by its content
+            found = store.get(name)
+        return found
+
+    return find
+
+
+def _means(memory: KVMemory, args: Namespace) -> dict[str, Any]:
+    """Returns what a replay needs to run the model."""
+    dtype = args.dtype or _recorded_dtype(memory)
+    model, tokenizer = load_model(args.model, dtype, args.device, args.attn)
+    from kvedit.runtime import ModelReader, recapturer
+
+    found: dict[str, Any] = {"reader": ModelReader(model)}
+    if memory.source is not None:
+        found["capture"] = recapturer(model, tokenizer, memory.source)
+    return found
+
+
+def _recorded_dtype(memory: KVMemory) -> str:
+    """Returns the dtype in which the model ran; a memory may have been cast since."""
+    for node in memory.lineage.nodes:
+        if node.operation in ("capture", "grow"):
+            return dict(node.environment).get("dtype", str(memory.dtype))
+    return str(memory.dtype)
 
 
 REPLAY = Verb(
     "replay",
-    "make a memory again from its steps, and compare",
+    "make a memory again from its steps and say whether it is the same, bit by bit",
     _add,
     _run,
-    "kvedit replay handbook --from-scratch",
+    "kvedit replay handbook --from-scratch --model smollm2-135m",
 )
