@@ -20,7 +20,7 @@ from kvedit.store.manifest import encode_manifest
 from kvedit.store.refs import check_labels, check_name
 from kvedit.store.sign import Signer
 
-__all__ = ["Draft", "Labels", "Prepared", "check_metrics", "prepare"]
+__all__ = ["Draft", "Labels", "Prepared", "check_metrics", "facts", "prepare", "step_ids"]
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,23 @@ def prepare(draft: Draft, signer: Signer | None, namespace: str) -> Prepared:
     event: dict[str, Any] = {"event": "put", "name": draft.name, **draft.labels.to_json()}
     event |= {"record": record, "content": content, "codec": draft.codec}
     event |= {"facts": facts(memory, cut)}
-    event |= {"nodes": [node.id for node in memory.lineage.nodes], "fixed": draft.fixed}
+    event |= {"nodes": step_ids(memory), "fixed": draft.fixed}
     if signer is not None:
         event["signature"] = signer.sign(record, namespace).to_json()
     if draft.codec in LOSSY and error is not None:
         event["codec_error"] = error.to_json()
     return Prepared(draft, memory, cut, _originals(given, cut, draft.codec), manifest, event, error)
+
+
+def step_ids(memory: KVMemory) -> list[str]:
+    """Returns the ids of a memory's steps, the last one last.
+
+    Before them come inputs that no step made: these are content digests.
+    """
+    nodes = memory.lineage.nodes
+    ids = [node.id for node in nodes]
+    bare = {given: None for node in nodes for given in node.inputs if given not in ids}
+    return [*bare, *ids]
 
 
 def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

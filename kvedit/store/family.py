@@ -56,8 +56,8 @@ class Family(Naming):
         bases = self._of_source(ref) or [self._resolve(ref)]
         found: dict[tuple[str, int], Record] = {}
         for base in bases:
-            nodes = self.lineage(base.record).nodes
-            for one in self._shelf.index.made_of(nodes[-1].id) if nodes else []:
+            head = self.lineage(base.record).head
+            for one in self._shelf.index.made_of(head.id if head else base.content):
                 found[one.name, one.version] = one
             if bases[0].source == ref:
                 found[base.name, base.version] = base

@@ -21,10 +21,17 @@ Result = TypeVar("Result")
 PackRow = tuple[str, int, bool]
 """Digest of a pack, its bytes, and whether a tier below has it."""
 
-_ALIVE = "(expires IS NULL OR expires > ?)"
+_ALIVE = (
+    "(v.expires IS NULL OR v.expires > ? OR "
+    "EXISTS (SELECT 1 FROM names AS p WHERE p.name = v.name AND p.pinned))"
+)
+_HEAD = (
+    "(SELECT MAX(w.version) FROM versions AS w WHERE w.name = n.name AND "
+    "(w.expires IS NULL OR w.expires > ? OR n.pinned))"
+)
 _ENTRIES = (
     "SELECT v.*, n.versions AS versions, n.pinned AS pinned, n.fixed AS fixed FROM names AS n "
-    "JOIN versions AS v ON v.name = n.name AND v.version = n.head"
+    "JOIN versions AS v ON v.name = n.name AND v.version = "
 )
 
 
@@ -46,7 +53,8 @@ class Index:
     def versions(self, name: str) -> list[Record]:
         """Returns the versions of a name, the newest first; empty if there is no such name."""
         rows = self._rows(
-            f"SELECT {COLUMNS} FROM versions WHERE name = ? AND {_ALIVE} ORDER BY version DESC",
+            f"SELECT {COLUMNS} FROM versions AS v WHERE name = ? AND {_ALIVE} "
+            "ORDER BY version DESC",
             name,
             now(),
         )
@@ -55,8 +63,8 @@ class Index:
     def newest(self, name: str, back: int = 0) -> Record | None:
         """Returns the version that is ``back`` before the newest, or None."""
         rows = self._rows(
-            f"SELECT {COLUMNS} FROM versions WHERE name = ? AND {_ALIVE} ORDER BY version DESC "
-            "LIMIT 1 OFFSET ?",
+            f"SELECT {COLUMNS} FROM versions AS v WHERE name = ? AND {_ALIVE} "
+            "ORDER BY version DESC LIMIT 1 OFFSET ?",
             name,
             now(),
             back,
@@ -79,10 +87,10 @@ class Index:
             limit: how many at most; -1 for all.
         """
         rows = self._rows(
-            f"SELECT * FROM ({_ENTRIES}) AS v WHERE v.name > ? AND {_ALIVE} AND ({condition}) "
+            f"SELECT * FROM ({_ENTRIES}{_HEAD}) AS v WHERE v.name > ? AND ({condition}) "
             "ORDER BY v.name LIMIT ?",
-            after,
             now(),
+            after,
             *values,
             limit,
         )
@@ -90,21 +98,20 @@ class Index:
 
     def entry(self, name: str) -> Entry | None:
         """Returns a name with its newest version, or None; also where it has expired."""
-        rows = self._rows(f"{_ENTRIES} WHERE n.name = ?", name)
+        rows = self._rows(f"{_ENTRIES}n.head WHERE n.name = ?", name)
         return _entry(rows[0]) if rows else None
 
     def names(self) -> list[str]:
         """Returns all names in order."""
         rows = self._rows(
-            "SELECT n.name AS name FROM names AS n JOIN versions AS v ON v.name = n.name AND "
-            f"v.version = n.head WHERE {_ALIVE} ORDER BY 1",
+            f"SELECT n.name AS name FROM names AS n WHERE {_HEAD} IS NOT NULL ORDER BY 1",
             now(),
         )
         return [row["name"] for row in rows]
 
     def totals(self) -> tuple[int, int]:
         """Returns how many names there are, and the bytes of their newest versions."""
-        row = self._rows(f"SELECT COUNT(*) AS n, TOTAL(bytes) AS b FROM ({_ENTRIES})")
+        row = self._rows(f"SELECT COUNT(*) AS n, TOTAL(bytes) AS b FROM ({_ENTRIES}n.head)")
         return (row[0]["n"], int(row[0]["b"])) if row else (0, 0)
 
     def expired(self) -> list[tuple[str, int]]:
@@ -133,7 +140,7 @@ class Index:
     def by_digest(self, digest: str) -> Record | None:
         """Returns the newest version with that record or content digest."""
         rows = self._rows(
-            f"SELECT {COLUMNS} FROM versions WHERE (record = ? OR content = ?) AND {_ALIVE} "
+            f"SELECT {COLUMNS} FROM versions AS v WHERE (record = ? OR content = ?) AND {_ALIVE} "
             "ORDER BY sequence DESC LIMIT 1",
             digest,
             digest,
@@ -199,7 +206,7 @@ class Index:
             head: whether it must be their last one.
         """
         rows = self._rows(
-            f"SELECT {COLUMNS} FROM versions WHERE record IN (SELECT record FROM nodes WHERE "
+            f"SELECT {COLUMNS} FROM versions AS v WHERE record IN (SELECT record FROM nodes WHERE "
             f"node = ? AND head >= ?) AND {_ALIVE} ORDER BY sequence DESC",
             node,
             int(head),
@@ -210,7 +217,8 @@ class Index:
     def of_source(self, source: str) -> list[Record]:
         """Returns the versions that were put with this source, the newest first."""
         rows = self._rows(
-            f"SELECT {COLUMNS} FROM versions WHERE source = ? AND {_ALIVE} ORDER BY sequence DESC",
+            f"SELECT {COLUMNS} FROM versions AS v WHERE source = ? AND {_ALIVE} "
+            "ORDER BY sequence DESC",
             source,
             now(),
         )

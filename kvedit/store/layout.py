@@ -217,7 +217,7 @@ class Layout:
             names = [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
             # A first put that died left no more than these; one that goes on may have ended now.
             ours = ["lock", "namespaces", "tmp", "packs", "headers", self.marker.name]
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, NotADirectoryError):
                 ours += [self.log.name] if self.log.stat().st_size == 0 else []
             if self.root.is_file() or not (
                 all(name in ours or name.startswith(_TEMPORARY) for name in names) or self.exists()

@@ -10,7 +10,15 @@ from kvedit.errors import InvalidArgument, RaceLost
 from kvedit.memory import KVMemory
 from kvedit.memory.digest import digest_bytes
 from kvedit.store.codecs import LOSSY, check_against_edit
-from kvedit.store.draft import Draft, Labels, Prepared, check_metrics, facts, prepare
+from kvedit.store.draft import (
+    Draft,
+    Labels,
+    Prepared,
+    check_metrics,
+    facts,
+    prepare,
+    step_ids,
+)
 from kvedit.store.dtypes import dtype_name
 from kvedit.store.index import now
 from kvedit.store.opened import OpenStore
@@ -226,7 +234,7 @@ class Naming(OpenStore):
         event: dict[str, Any] = {"event": "put", "name": draft.name, **draft.labels.to_json()}
         event |= {"record": record, "content": memory.digest, "codec": RECIPE, "base": base.record}
         event |= {"facts": facts(memory, memory.cut())}
-        event |= {"nodes": [node.id for node in memory.lineage.nodes]}
+        event |= {"nodes": step_ids(memory)}
         if self._shelf.signer is not None:
             signature = self._shelf.signer.sign(record, self._shelf.namespace)
             event["signature"] = signature.to_json()

@@ -12,7 +12,7 @@ from kvedit.memory import KVMemory
 from kvedit.store.carry import open_file, travelling, write_file
 from kvedit.store.codecs import LOSSY
 from kvedit.store.crypt import Cipher
-from kvedit.store.draft import Draft, Labels, Prepared, facts
+from kvedit.store.draft import Draft, Labels, Prepared, facts, step_ids
 from kvedit.store.du import Usage, measure_usage
 from kvedit.store.family import Family
 from kvedit.store.fsck import Bring, Checkup, Health
@@ -173,7 +173,7 @@ class Upkeep(Family):
         event: dict[str, Any] = {"event": "put", "name": target, **labels.to_json()}
         event |= {"record": found.manifest.record, "content": found.manifest.content}
         event |= {"codec": found.manifest.codec, "facts": facts(found.memory, cut)}
-        event |= {"nodes": [node.id for node in found.memory.lineage.nodes], "signature": signature}
+        event |= {"nodes": step_ids(found.memory), "signature": signature}
         stored = found.held if cipher is None else None
         put = Prepared(draft, found.memory, cut, {}, found.paper, event, None, stored)
         current = self._shelf.index.entry(target)

@@ -252,9 +252,6 @@ def test_an_older_version_without_ttl_is_the_newest_then(store):
     assert store.put(small(2), "m").version == 3  # no number is given twice
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Index.entries and names look at the head, also an expired one"
-)
 @pytest.mark.parametrize("look", [Store.names, lambda s: [e.name for e in s.ls()]])
 def test_listings_agree_with_get_before_gc(store, look):
     store.put(small(0), "m")
@@ -264,7 +261,6 @@ def test_listings_agree_with_get_before_gc(store, look):
     assert look(store) == ["m"]
 
 
-@pytest.mark.xfail(strict=True, reason="Index._ALIVE does not know pins")
 def test_a_pin_keeps_out_of_expiry(store):
     store.put(small(1), "m", ttl=1000)
     store.pin("m")

@@ -82,7 +82,8 @@ def test_what_expires_goes_and_what_is_pinned_stays(store):
     time.sleep(0.1)
     with pytest.raises(NotFound):
         store.get("a")
-    assert store.names() == ["c"]
+    assert store.names() == ["b", "c"]
+    assert_same(store.get("b"), small(2))
     assert store.gc().expired == 1
     store.annotate("c", ttl=0)
     assert store.log("c")[0].expires is None

@@ -33,7 +33,6 @@ __all__ = [
     "open_store",
     "positive",
     "put_options",
-    "quoted",
 ]
 
 REF = "name, name@{1}, digest or the beginning of one"
@@ -154,18 +153,6 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, found {number}")
     return number
-
-
-def quoted(text: str) -> str:
-    """Returns a text as a value of a search condition.
-
-    Raises:
-        InvalidArgument: if it has both kinds of quotes.
-    """
-    for mark in ("'", '"'):
-        if mark not in text:
-            return f"{mark}{text}{mark}"
-    raise InvalidArgument(f"{text} has both kinds of quotes: use --where")
 
 
 def duration(text: str) -> float:

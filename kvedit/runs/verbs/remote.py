@@ -61,7 +61,7 @@ def _evict(args: Namespace) -> Outcome:
     if args.remote is None and not is_url(args.store):
         raise InvalidArgument("only what a remote store has may go: name it with --remote URL")
     freed = open_store(args).evict(args.size)
-    return Outcome({"freed": freed}, f"{human_bytes(freed)} let go; the remote store has them")
+    return Outcome({"bytes": freed}, f"{human_bytes(freed)} let go; the remote store has them")
 
 
 PUSH = Verb(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvedit.errors import NotFound
 from kvedit.runs.verbs.base import Outcome, Verb
-from kvedit.runs.verbs.options import REF, add_model, add_store, load_model, open_store
+from kvedit.runs.verbs.options import REF, add_model, add_store, load_model_of, open_store
 
 if TYPE_CHECKING:
     from kvedit.memory import KVMemory
@@ -22,10 +22,10 @@ def _add(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--from-scratch",
         action="store_true",
-        help="repeat all steps; default: those since the nearest stored memories",
+        help="repeat all steps, with the model; default: those since the nearest stored memories",
     )
     add_store(parser)
-    add_model(parser, default="none: only steps that run no model are repeated")
+    add_model(parser, default="the one that made the memory, with --from-scratch; otherwise none")
 
 
 def _run(args: Namespace) -> Outcome:
@@ -35,12 +35,13 @@ def _run(args: Namespace) -> Outcome:
     record = store.show(args.ref).record
     memory = store.get(record.record)
     lookup = None if args.from_scratch else _lookup(store)
+    runs = args.model or args.from_scratch
     try:
-        again = replay(memory, lookup, **(_means(memory, args) if args.model else {}))
+        again = replay(memory, lookup, **(_means(memory, args) if runs else {}))
     except NotFound as error:
-        if args.model:
+        if runs:
             raise
-        raise NotFound(f"{error} (on the command line: --model NAME)") from error
+        raise NotFound(f"{error} (on the command line: --model NAME or --from-scratch)") from error
     report = compare_replay(memory, again)
     return Outcome({"name": record.name, "record": record.record, **vars(report)}, repr(report))
 
@@ -57,8 +58,8 @@ def _lookup(store: Store) -> Callable[[str], KVMemory | None]:
 
 def _means(memory: KVMemory, args: Namespace) -> dict[str, Any]:
     """Returns what a replay needs to run the model."""
-    dtype = args.dtype or _recorded_dtype(memory)
-    model, tokenizer = load_model(args.model, dtype, args.device, args.attn)
+    args.dtype = args.dtype or _recorded_dtype(memory)
+    model, tokenizer = load_model_of(memory, args)
     from kvedit.runtime import ModelReader, recapturer
 
     found: dict[str, Any] = {"reader": ModelReader(model)}
@@ -80,5 +81,5 @@ REPLAY = Verb(
     "make a memory again from its steps and say whether it is the same, bit by bit",
     _add,
     _run,
-    "kvedit replay handbook --from-scratch --model smollm2-135m",
+    "kvedit replay handbook --from-scratch",
 )
