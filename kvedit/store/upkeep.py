@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ class Upkeep(Family):
         if not self._shelf.layout.exists():
             return Health(0, 0, 0, 0, (), ())
         if repair:
-            self._check_key()
+            with suppress(CorruptMemory):  # a damaged log: the repair comes first
+                self._check_key()
         ways: list[Bring] = [*map(_bring_from, sources), self._bring_by_replay]
         return Checkup(self._shelf, self._finder, self._writer, repair, ways).run()
 
