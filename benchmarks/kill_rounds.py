@@ -10,10 +10,12 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from kvedit.testing.killing import kill_round
+from kvedit.testing.killing import PROCESSES, kill_rounds
+
+COUNTS = ("acknowledged", "checked", "reads")
+WRONG = ("lost", "torn", "orphans", "unhealthy", "failed")
 
 
 def main() -> None:
@@ -21,33 +23,29 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--durability", default="process")
+    parser.add_argument("--durability", choices=("full", "process", "none"), default="process")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     totals: Counter[str] = Counter()
     jobs: Counter[str] = Counter()
+    killed: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        for number in tqdm(range(args.rounds)):
-            found = kill_round(Path(folder) / str(number), args.seed + number, args.durability)
-            totals.update(acknowledged=found.acknowledged, checked=found.checked, reads=found.reads)
-            for kind in ("lost", "torn", "orphans", "unhealthy", "failed"):
+        seeds = range(args.seed, args.seed + args.rounds)
+        rounds = kill_rounds(Path(folder), seeds, args.durability)
+        for seed, found in zip(seeds, tqdm(rounds, total=len(seeds)), strict=True):
+            totals.update({kind: getattr(found, kind) for kind in COUNTS})
+            jobs += found.jobs
+            killed += found.killed
+            for kind in WRONG:
                 totals[kind] += len(getattr(found, kind))
                 for what in getattr(found, kind):
-                    tqdm.write(f"round {number}, {kind}: {what}")
-            jobs.update(found.jobs)
-    print(f"rounds {args.rounds}, durability {args.durability}, processes killed {args.rounds * 6}")
-    for kind in (
-        "acknowledged",
-        "checked",
-        "reads",
-        "lost",
-        "torn",
-        "orphans",
-        "unhealthy",
-        "failed",
-    ):
-        print(f"{kind:>12} {totals[kind]}")
-    print("work done:", dict(jobs))
+                    tqdm.write(f"seed {seed}, {kind}: {what}")
+    print(f"rounds {args.rounds}, durability {args.durability}, kills {PROCESSES * args.rounds}")
+    for kind in (*COUNTS, *WRONG):
+        print(f"{kind:>18} {totals[kind]:6}")
+    for title, counts in (("done", jobs), ("killed in", killed)):
+        print(title)
+        for what, count in sorted(counts.items()):
+            print(f"{what:>18} {count:6}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from kvedit.errors import IncompatibleModel
 from kvedit.memory.layer import LayerKV
 from kvedit.memory.memory import KVMemory
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "align", "compare"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ def compare(a: KVMemory, b: KVMemory) -> Comparison:
 def _layer_row(
     a: LayerKV, b: LayerKV, query_heads: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    in_a, in_b = _align(a, b)
+    in_a, in_b = align(a, b)
     keys = [layer.keys[:, index].float().cpu() for layer, index in ((a, in_a), (b, in_b))]
     values = [layer.values[:, index].float().cpu() for layer, index in ((a, in_a), (b, in_b))]
     bias = [
@@ -119,7 +119,8 @@ def _layer_row(
     return distances, counts
 
 
-def _align(a: LayerKV, b: LayerKV) -> tuple[torch.Tensor, torch.Tensor]:
+def align(a: LayerKV, b: LayerKV) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns which slots of two layers the same token made: their indices, ``[slot]`` each."""
     keys = [_slot_keys(layer) for layer in (a, b)]
     where = {key: slot for slot, key in enumerate(keys[1])}
     pairs = [(slot, where[key]) for slot, key in enumerate(keys[0]) if key in where]

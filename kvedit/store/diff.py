@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvedit.memory import KVMemory, LayerKV
-from kvedit.memory.compare import Comparison, _align, compare
+from kvedit.memory.compare import Comparison, align, compare
 from kvedit.memory.show import human_bytes
 from kvedit.store.recipes import is_recipe
 from kvedit.store.records import Record
@@ -204,7 +204,7 @@ def _slot_changes(
 
 def _layer_changes(a: LayerKV, b: LayerKV) -> dict[str, torch.Tensor]:
     """Returns tensors ``[slot]`` over the slots that both have."""
-    in_a, in_b = _align(a, b)
+    in_a, in_b = align(a, b)
     found = {"slot_a": in_a, "slot_b": in_b, "token": a.source.cpu()[in_a]}
     relative = torch.zeros(len(in_a))
     for kind in ("keys", "values"):

@@ -20,7 +20,7 @@ from kvedit.store.manifest import encode_manifest
 from kvedit.store.refs import check_labels, check_name
 from kvedit.store.sign import Signer
 
-__all__ = ["Draft", "Labels", "Prepared", "check_metrics", "facts", "prepare", "step_ids"]
+__all__ = ["Draft", "Labels", "Prepared", "check_metrics", "prepare", "put_event"]
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,8 @@ def prepare(draft: Draft, signer: Signer | None, namespace: str) -> Prepared:
     cut = memory.cut()
     manifest, content = encode_manifest(memory, cut, draft.codec)
     record = digest_bytes(manifest)
-    event: dict[str, Any] = {"event": "put", "name": draft.name, **draft.labels.to_json()}
-    event |= {"record": record, "content": content, "codec": draft.codec}
-    event |= {"facts": facts(memory, cut)}
-    event |= {"nodes": step_ids(memory), "fixed": draft.fixed}
+    event = put_event(draft.name, draft.labels, record, memory, cut)
+    event |= {"content": content, "codec": draft.codec, "fixed": draft.fixed}
     if signer is not None:
         event["signature"] = signer.sign(record, namespace).to_json()
     if draft.codec in LOSSY and error is not None:
@@ -173,7 +171,7 @@ def prepare(draft: Draft, signer: Signer | None, namespace: str) -> Prepared:
     return Prepared(draft, memory, cut, _originals(given, cut, draft.codec), manifest, event, error)
 
 
-def step_ids(memory: KVMemory) -> list[str]:
+def _step_ids(memory: KVMemory) -> list[str]:
     """Returns the ids of a memory's steps, the last one last.
 
     Before them come inputs that no step made: these are content digests.
@@ -182,6 +180,22 @@ def step_ids(memory: KVMemory) -> list[str]:
     ids = [node.id for node in nodes]
     bare = {given: None for node in nodes for given in node.inputs if given not in ids}
     return [*bare, *ids]
+
+
+def put_event(
+    name: str, labels: Labels, record: str, memory: KVMemory, cut: list[Block]
+) -> dict[str, Any]:
+    """Returns what the log says of a put, whatever is put.
+
+    Args:
+        name: the name.
+        labels: what is said of the version.
+        record: record digest.
+        memory: the memory.
+        cut: its blocks.
+    """
+    event = {"event": "put", "name": name, **labels.to_json(), "record": record}
+    return {**event, "facts": _facts(memory, cut), "nodes": _step_ids(memory)}
 
 
 def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -200,7 +214,7 @@ def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def facts(memory: KVMemory, cut: list[Block]) -> dict[str, int | str]:
+def _facts(memory: KVMemory, cut: list[Block]) -> dict[str, int | str]:
     """Returns what listings say of a memory.
 
     Args:

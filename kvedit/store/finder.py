@@ -24,14 +24,20 @@ from kvedit.store.sign import Signature, check
 __all__ = ["Below", "Finder"]
 
 Result = TypeVar("Result")
+_NEAR = 1000  # names that an error looks through for near ones
 _TRIES = 50  # a collection of garbage at each of them would have to be faster than we are
 
 
 class Below:
     """Where packs are that the folder lacks. This one has nothing."""
 
-    def fetch(self, pack: str) -> bool:
-        """Brings a pack into the folder; returns False if it has none."""
+    def fetch(self, pack: str, known: bool = False) -> bool:
+        """Returns whether it brought a pack into the folder; False if it has none.
+
+        Args:
+            pack: its digest.
+            known: whether to bring it only if the index knows it then.
+        """
         return False
 
     def fetch_parts(self, pack: Pack, places: Iterable[Extent | ManifestPlace]) -> HeldPack | None:
@@ -64,28 +70,30 @@ class Finder:
             NotFound: if the store has no such memory.
             InvalidArgument: if it is no reference, or several digests begin so.
         """
+        found = self.find(text)
+        if found is None:
+            ref = parse_ref(text)
+            raise self.unknown(ref.text, ref)
+        return found
+
+    def find(self, text: object) -> Record | None:
+        """Returns the version that a reference means, or None.
+
+        Raises:
+            InvalidArgument: if it is no reference, or several digests begin so.
+        """
         ref = parse_ref(text)
         found = self._look_up(ref)
         if found is None and self._shelf.index.is_behind():
             with self._shelf.layout.lock, suppress(CorruptMemory):
                 self._shelf.index.catch_up()
             found = self._look_up(ref)
-        if found is None:
-            raise self.unknown(ref.text, ref)
         return found
 
     def _look_up(self, ref: Ref) -> Record | None:
         index = self._shelf.index
         found = index.newest(ref.name, ref.back or 0) if ref.name else None
         return self._by_prefix(ref) if found is None and ref.prefix else found
-
-    def is_unknown(self, ref: object) -> bool:
-        """Returns whether the folder has no memory that a reference means."""
-        try:
-            self.resolve(ref)
-        except NotFound:
-            return True
-        return False
 
     def _by_prefix(self, ref: Ref) -> Record | None:
         digests = self._shelf.index.digests(ref.prefix)
@@ -101,7 +109,7 @@ class Finder:
             return NotFound(
                 f"{ref.name} has {count} versions: {ref.name}@{{0}} to @{{{count - 1}}}"
             )
-        names = index.names()
+        names = index.names(_NEAR)
         near = difflib.get_close_matches(ref.name if ref else text, names, n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else f"It has: {one_of(names)}"
         return NotFound(f"{self._shelf.layout.root} has no memory {text!r}. {hint}")
@@ -167,8 +175,9 @@ class Finder:
         try:
             return path.read_bytes()
         except FileNotFoundError:
+            self._check_named(record)
             raise CorruptMemory(
-                f"manifest {record} is missing: fsync() or the log may tell of its pack"
+                f"manifest {record} is missing: fsck() or the log may tell of its pack"
             ) from None
 
     # Packs
@@ -197,7 +206,12 @@ class Finder:
         raise CorruptMemory(f"pack {name} is missing")
 
     def _cached(self, path: Path, name: str) -> Pack:
-        status = path.stat()
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise CorruptMemory(f"{path} can't be read: {error}") from error
         key = (name, status.st_size, status.st_mtime_ns, status.st_ino)
         pack = self._packs.get(key)
         if pack is None:
@@ -215,22 +229,33 @@ class Finder:
 
         Raises:
             CorruptMemory: if a pack is damaged, or is nowhere.
+            NotFound: if the memory was removed meanwhile.
         """
-        return self._again(lambda: self._hold(record, blocks, partial), record)
+        # What is mapped stays, also where the next pack needs its room, or it is collected.
+        held: dict[str, HeldPack] = {}
+        return self._again(lambda: self._hold(record, blocks, partial, held), record)
 
-    def _hold(self, record: str, blocks: set[str], partial: bool) -> dict[str, HeldPack]:
+    def _hold(
+        self, record: str, blocks: set[str], partial: bool, held: dict[str, HeldPack]
+    ) -> dict[str, HeldPack]:
         places = self._places.get(record)
         if places is None or not blocks <= places.keys():
             places = {b: pack for b, (pack, _, _) in self._shelf.index.locate(blocks).items()}
             self._places.put(record, places)
-        held: dict[str, HeldPack] = {}
         found: dict[str, HeldPack] = {}
         for block in blocks & places.keys():
             name = places[block]
             if name not in held:
                 held[name] = self._held(name, blocks, partial)
             found[block] = held[name]
+        if len(found) < len(blocks):
+            self._check_named(record)
         return found
+
+    def _check_named(self, record: str) -> None:
+        """Refuses what was removed, and collected, since its name was looked up."""
+        if record not in self._shelf.index.records():
+            raise NotFound(f"{record} was removed meanwhile: no name has it any more")
 
     def _held(self, name: str, blocks: set[str], partial: bool) -> HeldPack:
         path = self._shelf.layout.pack(name)
@@ -270,7 +295,7 @@ class Finder:
                 self._places.drop(record)
                 if not self._shelf.index.knows_pack(missing):
                     continue  # garbage was collected: the index knows the new place
-                self.below.fetch(missing)
+                self.below.fetch(missing, known=True)  # or a collection left a stray
         raise CorruptMemory(f"pack {missing} is missing")
 
 

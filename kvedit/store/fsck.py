@@ -122,19 +122,20 @@ class Checkup:
         An index that was made while a pack was damaged does not know that pack.
         """
         named: dict[str, bool] = {}
-        with suppress(CorruptMemory):
+        with suppress(CorruptMemory, TypeError, ValueError, AttributeError):
             for event, _ in self.shelf.journal.read(Position()):
                 for part in event.get("events", [event]):
                     for name in part.get("gone", []):
                         named.pop(name, None)
-                    named.update(dict.fromkeys(part.get("packs", []), False))
+                    if part.get("event") != "pushed":  # it may name what was collected meanwhile
+                        named.update(dict.fromkeys(part.get("packs", []), False))
         named.update((name, pushed) for name, _, pushed in self.shelf.index.packs())
         return list(named.items())
 
     def _check_pack(self, name: str, pushed: bool) -> None:
         path = self.shelf.layout.pack(name)
         if not path.exists():
-            if not pushed:
+            if not (pushed and self._is_below(name)):
                 self._report(name, f"pack {name} is missing", None, set(), set())
             return
         self.packs += 1
@@ -180,6 +181,14 @@ class Checkup:
         said = "its sound blocks are kept" if held else "without its header nothing in it is known"
         self.problems.append(Problem(what, f"put aside in quarantine; {said}"))
 
+    def _is_below(self, name: str) -> bool:
+        """Returns whether a pack that was let go has left its header, to be read from below."""
+        try:
+            self.finder.header(name)
+        except CorruptMemory:
+            return False
+        return True
+
     def _put_aside(self, name: str) -> None:
         path = self.shelf.layout.pack(name)
         if os.path.lexists(path):
@@ -211,15 +220,13 @@ class Checkup:
     # Memories
 
     def _check_memories(self) -> list[str]:
-        lost = []
-        seen: dict[str, bool] = {}
-        for name in self.shelf.index.names():
-            for record in self.shelf.index.versions(name):
-                if record.record not in seen:
-                    seen[record.record] = self._sound(record) or self._brought(record)
-                if not seen[record.record]:
-                    lost.append(f"{record.name} v{record.version}")
-        return lost
+        index = self.shelf.index
+        versions = [record for name in index.names() for record in index.versions(name)]
+        broken = {v.record: v for v in versions if not self._sound(v)}
+        lost = {record for record, version in broken.items() if not self._brought(version)}
+        # What was brought back for one may be what another lacked.
+        lost = {record for record in lost if not self._sound(broken[record])}
+        return [f"{v.name} v{v.version}" for v in versions if v.record in lost]
 
     def _sound(self, record: Record) -> bool:
         try:

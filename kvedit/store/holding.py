@@ -66,7 +66,8 @@ class MappedPack:
         try:
             storage: Any = torch.UntypedStorage.from_file(str(self.path), False, found)
         except RuntimeError as error:
-            if not self.path.exists():
+            # It may be there again by now: fetched from below, say.
+            if "No such file" in str(error) or not self.path.exists():
                 raise FileNotFoundError(self.path) from error
             raise OSError(f"can't map {self.path}: {error}") from error
         return torch.empty(0, dtype=torch.uint8).set_(storage)

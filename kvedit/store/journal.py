@@ -11,6 +11,7 @@ from typing import Any
 from kvedit.errors import CorruptMemory
 from kvedit.memory.digest import canonical_json, digest_bytes
 from kvedit.store.layout import Layout, write_all
+from kvedit.store.parsing import SHAPE_ERRORS
 
 __all__ = ["Journal", "Position"]
 
@@ -120,7 +121,7 @@ def _parse(line: bytes, since: Position) -> dict[str, Any] | None:
         whole = digest_bytes(canonical_json(event)) == checksum
         # Canonical bytes: one line has one spelling, so that no flipped byte is harmless.
         whole = whole and canonical_json({**event, "checksum": checksum}) == line
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except SHAPE_ERRORS:
         return None
     expected = (since.sequence + 1, since.checksum)
     if not whole or (event.get("sequence"), event.get("previous")) != expected:

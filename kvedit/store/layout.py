@@ -25,6 +25,18 @@ _FORMAT = {"format": "kvedit.store", "version": 2}
 _READ = (1, 2)
 _TEMPORARY = ".tmp-"
 _INTENT = "intent-"
+_OWN = (
+    "headers",
+    "index.sqlite",
+    "kvedit-store.json",
+    "lock",
+    "log.jsonl",
+    "manifests",
+    "namespaces",
+    "packs",
+    "quarantine",
+    "tmp",
+)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
@@ -89,7 +101,7 @@ class Layout:
         """Returns the bytes of a pack's file, -1 if there is none."""
         try:
             return self.pack(digest).stat().st_size
-        except FileNotFoundError:
+        except OSError:  # also a link that leads nowhere
             return -1
 
     def exists(self) -> bool:
@@ -213,6 +225,14 @@ class Layout:
         return False
 
     def _check(self) -> None:
+        # A store from elsewhere may come with links to anything: what is swept, collected or
+        # written over must be its own.
+        for name in _OWN:
+            if (self.root / name).is_symlink():
+                raise InvalidArgument(
+                    f"{self.root / name} is a link: a store has none; put the whole folder where "
+                    "it should lie, and link to that"
+                )
         if not self.exists():
             names = [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
             # A first put that died left no more than these; one that goes on may have ended now.

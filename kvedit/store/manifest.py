@@ -17,6 +17,7 @@ from kvedit.memory.blocks import FORMAT as CONTENT_FORMAT
 from kvedit.memory.digest import canonical_json, digest_bytes
 from kvedit.store.codecs import CODECS
 from kvedit.store.dtypes import DTYPES, dtype_name
+from kvedit.store.parsing import SHAPE_ERRORS
 from kvedit.store.refs import is_digest
 
 __all__ = ["BlockRef", "Manifest", "Part", "encode_manifest"]
@@ -206,7 +207,7 @@ class Manifest:
             return cls._parse(json.loads(data), record)
         except InvalidArgument as error:
             raise InvalidArgument(f"{where}: {error}") from error
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except SHAPE_ERRORS as error:
             raise CorruptMemory(f"{where} does not describe a memory: {error!r}") from error
 
     @classmethod
@@ -222,13 +223,17 @@ class Manifest:
         facts = (document["next_position"], document["rules"], document["source"])
         if tuple(map(type, facts[:2])) != (int, list) or not isinstance(facts[2], dict | None):
             raise ValueError("next_position, rules or source are not what they should be")
+        if not 0 <= facts[0] < 1 << 48 or not all(isinstance(rule, dict) for rule in facts[1]):
+            raise ValueError("next_position is no position, or a rule no object")
+        if facts[2] is not None and not isinstance(facts[2]["text"], str):
+            raise ValueError("the source text is no text")
         return cls(
             record=record,
             content=digest_bytes(canonical_json(document)),
             document=document,
             model=ModelSpec.from_json({**document["model"], "name": str(data["model_name"])}),
             parts=_parts(document, data["blocks"]),
-            lineage=Lineage(tuple(LineageNode.from_json(node) for node in data["lineage"])),
+            lineage=Lineage(tuple(map(_step, data["lineage"]))),
             codec=data["codec"],
         )
 
@@ -271,6 +276,16 @@ def _parts(document: dict[str, Any], table: dict[str, Any]) -> dict[tuple[int, s
     if ((-1, "tokens") in parts) != (document["source"] is not None):
         raise ValueError("tokens and source text come together")
     return parts
+
+
+def _step(data: dict[str, Any]) -> LineageNode:
+    node = LineageNode.from_json(data)
+    pairs = (text for pair in node.environment for text in pair)
+    texts = (node.operation, node.name, node.parameters, node.reproducibility, *node.inputs, *pairs)
+    numbers = (node.version, 0 if node.seed is None else node.seed)
+    if not all(isinstance(text, str) for text in texts) or set(map(type, numbers)) != {int}:
+        raise ValueError("a step of the lineage is not what it should be")
+    return node
 
 
 def _block(digest: str, dtype: str, shape: list[int]) -> BlockRef:

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvedit.errors import InvalidArgument, RaceLost
-from kvedit.memory import KVMemory
-from kvedit.memory.digest import digest_bytes
-from kvedit.store.codecs import LOSSY, check_against_edit
+from kvedit.store.catalogue import now
 from kvedit.store.draft import (
-    Draft,
     Labels,
-    Prepared,
     check_metrics,
-    facts,
-    prepare,
-    step_ids,
 )
-from kvedit.store.dtypes import dtype_name
-from kvedit.store.index import now
-from kvedit.store.opened import OpenStore
-from kvedit.store.recipes import RECIPE, Recipe, encode_recipe
-from kvedit.store.records import Details, Record
+from kvedit.store.putting import Putting
+from kvedit.store.records import Record
 from kvedit.store.refs import check_labels, check_name
 
 __all__ = ["Naming"]
 
 
-class Naming(OpenStore):
+class Naming(Putting):
     """The verbs of a store that change names."""
 
     def branch(self, ref: str, name: str, message: str = "") -> Record:
@@ -141,8 +131,10 @@ class Naming(OpenStore):
                 labels = dataclasses.replace(labels, expires=found.expires)
             event = {"event": "note", "name": found.name, "version": found.version}
             self._writer.record({**event, **labels.to_json()}, end)
-            # Not asked of the index: its time may be over already.
-            return dataclasses.replace(found, **vars(labels))
+        # Not asked of the index: its time may be over already.
+        made = dataclasses.replace(found, **vars(labels))
+        self._moved(made, fresh=False)
+        return made
 
     def pin(self, name: str) -> None:
         """Keeps a name out of eviction and expiry.
@@ -185,92 +177,6 @@ class Naming(OpenStore):
                 raise self._finder.unknown(name)
             self._writer.record({"event": "pin", "name": name, "pinned": pinned}, end)
 
-    def _put(self, drafts: Sequence[Draft]) -> list[Record]:
-        self._check_readable()
-        heads = [self._shelf.index.entry(draft.name) for draft in drafts]
-        seen = {d.name: h.record if h else "" for d, h in zip(drafts, heads, strict=True)}
-        puts = [self._prepared(draft) for draft in drafts]
-        records = self._commit(puts, seen)
-        for put, record in zip(puts, records, strict=True):
-            self._keep(record, put.memory)
-        return records
-
-    def _check_readable(self) -> None:
-        """Refuses puts that this store itself would not read back."""
-        signer, trusted = self._shelf.signer, self._shelf.trusted
-        if trusted and (signer is None or signer.public not in {key.lower() for key in trusted}):
-            raise InvalidArgument(
-                "this store reads only what its trusted_keys signed: open it with the signer of "
-                "one of them to put something"
-            )
-        self._check_key()
-
-    def _commit(self, puts: Sequence[Prepared], seen: Mapping[str, str]) -> list[Record]:
-        return self._writer.put(puts, seen)
-
-    def _prepared(self, draft: Draft) -> Prepared:
-        if draft.codec == RECIPE:
-            return self._prepared_recipe(draft)
-        put = prepare(draft, self._shelf.signer, self._shelf.namespace)
-        if draft.codec in LOSSY and put.error is not None:
-            before = self._parent(draft.memory)
-            check_against_edit(put.error, before, draft.memory, draft.force)
-        return put
-
-    def _parent(self, memory: KVMemory) -> KVMemory | None:
-        """Returns the stored memory that the last edit was made of, or None."""
-        head = memory.lineage.head
-        for node in head.inputs if head else ():
-            for record in self._stored(node):
-                return self._read(record)
-        return None
-
-    def _prepared_recipe(self, draft: Draft) -> Prepared:
-        memory = draft.memory
-        memory.check_unmodified()
-        base = self._recipe_base(memory)
-        data = encode_recipe(memory, base.record)
-        record = digest_bytes(data)
-        event: dict[str, Any] = {"event": "put", "name": draft.name, **draft.labels.to_json()}
-        event |= {"record": record, "content": memory.digest, "codec": RECIPE, "base": base.record}
-        event |= {"facts": facts(memory, memory.cut())}
-        event |= {"nodes": step_ids(memory)}
-        if self._shelf.signer is not None:
-            signature = self._shelf.signer.sign(record, self._shelf.namespace)
-            event["signature"] = signature.to_json()
-        return Prepared(draft, memory, [], {}, data, event)
-
-    def _recipe_base(self, memory: KVMemory) -> Record:
-        """Returns what the recipe starts from, once it has been seen to give the same memory."""
-        if self._replay is None:
-            raise InvalidArgument(
-                "a recipe is put once it was seen to work: open the store with "
-                "Store(..., replay=kvedit.rebuild)"
-            )
-        bases: list[Record] = []
-
-        dtype = dtype_name(memory.dtype)
-
-        def fetch(node: str) -> KVMemory:
-            # A cast leaves no step: of several memories the one of our dtype is more likely.
-            for record in sorted(self._stored(node), key=lambda found: found.dtype != dtype):
-                bases.append(record)
-                return self._read(record)
-            raise self._finder.unknown(node)
-
-        again = self._replay(memory.lineage, fetch)
-        if again.digest != memory.digest or len({base.record for base in bases}) != 1:
-            raise InvalidArgument(
-                "the steps of this memory do not give it again, bit by bit, from one stored "
-                "memory: put its bytes (recipe=False)"
-            )
-        return bases[0]
-
-    def _show_recipe(self, record: Record) -> Details:
-        recipe = Recipe.parse(self._finder.paper(record.record), record.record)
-        steps = tuple(recipe.lineage.describe().splitlines())
-        return Details(record, RECIPE, 0, 0, (), 0, 0, (), None, steps)
-
     def _point(
         self, record: Record, name: str, message: str, expect: str, fixed: bool = False
     ) -> Record:
@@ -290,7 +196,9 @@ class Naming(OpenStore):
             if self._shelf.index.by_digest(record.record) is None:  # removed meanwhile
                 raise self._finder.unknown(record.record)
             self._writer.record(self._event(record, name, message, fixed), end)
-            return self._shelf.index.versions(name)[0]
+            made = self._shelf.index.versions(name)[0]
+        self._moved(made, fresh=True)
+        return made
 
     def _event(self, record: Record, name: str, message: str, fixed: bool) -> dict[str, Any]:
         """Returns a put of what is stored already."""
@@ -308,8 +216,8 @@ class Naming(OpenStore):
 
     # Later parts of a store do more here
 
+    def _moved(self, record: Record, fresh: bool) -> None:
+        """Called when a name has a version, made just now, or other labels."""
+
     def _removed(self, name: str) -> None:
         """Called when a name is gone."""
-
-    def _keep(self, record: Record, memory: KVMemory) -> None:
-        """Called when a memory was put."""

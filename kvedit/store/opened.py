@@ -102,7 +102,11 @@ class OpenStore:
 
     def _resolve(self, ref: object) -> Record:
         """Returns the version that a reference means."""
+        self._ask(ref)
         return self._finder.resolve(ref)
+
+    def _ask(self, ref: object) -> None:
+        """Called before a reference is looked up; a store that follows another asks it first."""
 
     def _learn(self) -> None:
         """Called before names are listed; a store that follows another asks it first."""

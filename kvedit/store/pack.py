@@ -15,6 +15,7 @@ from kvedit.errors import CorruptMemory
 from kvedit.memory.blocks import BLOCK_SLOTS, SLOT_AXIS
 from kvedit.memory.digest import canonical_json, digest_bytes
 from kvedit.store.dtypes import DTYPES, NAMES
+from kvedit.store.parsing import SHAPE_ERRORS
 from kvedit.store.refs import is_digest
 
 __all__ = [
@@ -43,7 +44,6 @@ EXPANSION = 256
 _FIRST_FORMAT = "kvedit.pack.1"
 _SMALL = 4096
 _MOST_AXES = 16
-_SHAPE_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Pack:
         """
         try:
             pack = cls._parse(head, digest)
-        except _SHAPE_ERRORS as error:
+        except SHAPE_ERRORS as error:
             raise CorruptMemory(f"{where}: cut off, extended or damaged: {error}") from error
         if size is not None and pack.size != size:
             raise CorruptMemory(
@@ -280,8 +280,10 @@ def _extent(
         facts["checksum"],
     )
     # Without a kind: a single block that was copied from a pack of the first format.
-    if facts["kind"] not in {"", *SLOT_AXIS} or not isinstance(facts["checksum"], str):
-        raise ValueError(f"an extent is of the unknown kind {facts['kind']!r}")
+    if facts["kind"] not in {"", *SLOT_AXIS} or not isinstance(encoding, str):
+        raise ValueError(f"an extent is of the unknown kind {facts['kind']!r} or encoding")
+    if not isinstance(facts["checksum"], str):
+        raise ValueError("a checksum is no text")
     extent.check()
     return extent
 

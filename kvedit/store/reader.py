@@ -25,6 +25,7 @@ from kvedit.store.holding import HeldPack
 from kvedit.store.manifest import Manifest, Part
 from kvedit.store.pack import Extent
 from kvedit.store.packing import checksum
+from kvedit.store.parsing import SHAPE_ERRORS
 from kvedit.store.plan import Plan, PlannedPart, Source
 
 __all__ = ["VERIFY", "Verify", "assemble", "decoded", "read_planned"]
@@ -36,7 +37,6 @@ for what this object reads for the first time, fast from then on. ``"off"``: not
 VERIFY = ("full", "deep", "fast", "off")
 
 _PARALLEL_FROM = 1 << 20
-_SHAPE_ERRORS = (KVEditError, ValueError, LookupError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,28 +76,10 @@ def read_planned(
         CorruptMemory: if a block is not what was put; no tensor is returned then.
         InvalidArgument: if a tensor is too big for the machine.
     """
-    made: dict[int, torch.Tensor] = {}
-    tensors: dict[tuple[int, str], torch.Tensor] = {}
-    pieces: list[_Piece] = []
-    for one in plan.parts:
-        tensor = made.get(one.place)
-        known = tensor is not None
-        if tensor is None:
-            tensor = _viewed(one, held) if one.view else _empty(one.part, one.shape)
-            made[one.place] = tensor
-        tensors[one.part.layer, one.part.kind] = tensor
-        if not known and (one.view is None or verify != "off"):
-            mapped = one.view is not None
-            pieces += (
-                _Piece(one.part, index, source, tensor, mapped)
-                for index, source in enumerate(one.sources)
-            )
+    tensors, pieces = _laid_out(plan, held, verify)
     large = plan.size > _PARALLEL_FROM
-    if verify != "off":
-        stored, deep = _split(plan, pieces, verify)
-        run_all(lambda source: _check_stored(source, held), stored, large)
-    else:
-        deep = set()
+    stored, deep = _split(plan, pieces, verify) if verify != "off" else ([], set())
+    run_all(lambda source: _check_stored(source, held), stored, large)
 
     def finish(piece: _Piece) -> None:
         if not piece.mapped:
@@ -134,7 +116,7 @@ def assemble(
             rules=tuple(document["rules"]),
             verified=verified,
         )
-    except _SHAPE_ERRORS as error:
+    except (KVEditError, *SHAPE_ERRORS) as error:
         raise CorruptMemory(
             f"the manifest {manifest.record} does not describe a memory: {error}"
         ) from error
@@ -153,6 +135,29 @@ def decoded(extent: Extent, data: memoryview | bytes, cipher: Cipher | None) -> 
         return decode(extent.encoding, data, dtype, extent.shape, extent.kind)
     except ValueError as error:
         raise CorruptMemory(f"block {extent.blocks[0]} can't be decoded: {error}") from error
+
+
+def _laid_out(
+    plan: Plan, held: Mapping[str, HeldPack], verify: Verify
+) -> tuple[dict[tuple[int, str], torch.Tensor], list[_Piece]]:
+    """Returns the tensors, mapped or empty, and the blocks that are to be filled or checked."""
+    made: dict[int, torch.Tensor] = {}
+    tensors: dict[tuple[int, str], torch.Tensor] = {}
+    pieces: list[_Piece] = []
+    for one in plan.parts:
+        tensor = made.get(one.place)
+        known = tensor is not None
+        if tensor is None:
+            tensor = _viewed(one, held) if one.view else _empty(one.part, one.shape)
+            made[one.place] = tensor
+        tensors[one.part.layer, one.part.kind] = tensor
+        if not known and (one.view is None or verify != "off"):
+            mapped = one.view is not None
+            pieces += (
+                _Piece(one.part, index, source, tensor, mapped)
+                for index, source in enumerate(one.sources)
+            )
+    return tensors, pieces
 
 
 def _place(source: Source) -> tuple[str, int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kvedit.errors import CorruptMemory, InvalidArgument
 from kvedit.memory import KVMemory, Lineage, LineageNode
 from kvedit.memory.digest import canonical_json, digest_bytes
+from kvedit.store.parsing import SHAPE_ERRORS
 from kvedit.store.records import Record
 from kvedit.store.refs import is_digest
 
@@ -17,7 +18,6 @@ RECIPE = "recipe"
 """What stands in place of a codec."""
 
 _FORMAT = "kvedit.recipe.1"
-_SHAPE_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Recipe:
             return recipe
         except InvalidArgument:
             raise
-        except _SHAPE_ERRORS as error:
+        except SHAPE_ERRORS as error:
             raise CorruptMemory(f"recipe {record} can't be read: {error!r}") from error
 
 

@@ -8,6 +8,7 @@ import re
 from kvedit.errors import CapacityExceeded, InvalidArgument
 from kvedit.memory.show import human_bytes
 from kvedit.store.finder import Finder
+from kvedit.store.recipes import is_recipe
 from kvedit.store.remote.depot import Depot
 from kvedit.store.shelf import Shelf
 
@@ -100,17 +101,19 @@ class Room:
         return [pack for _, pack in sorted(used)]
 
     def _pinned(self) -> set[str]:
+        index = self._shelf.index
+        bases = index.bases()
+        versions = [v for entry in index.entries("v.pinned") for v in index.versions(entry.name)]
+        recipes = {version.record for version in versions if is_recipe(version)}
+        whole = {version.record for version in versions} - recipes
+        whole |= {bases[record] for record in recipes}
         blocks: set[str] = set()
-        packs: set[str] = set()
-        for entry in self._shelf.index.entries("v.pinned"):
-            for record in self._shelf.index.versions(entry.name):
-                paper = self._shelf.index.manifest_pack(record.record)
-                packs |= {paper} if paper else set()
-                if record.codec != "recipe":
-                    manifest = self._finder.manifest(record.record, record.content)
-                    parts = manifest.parts.values()
-                    blocks.update(block.digest for part in parts for block in part.blocks)
-        return packs | {pack for pack, _, _ in self._shelf.index.locate(blocks).values()}
+        for record in whole:
+            parts = self._finder.manifest(record, "").parts.values()
+            blocks.update(block.digest for part in parts for block in part.blocks)
+        papers = (index.manifest_pack(record) for record in whole | recipes)
+        packs = {pack for pack in papers if pack is not None}
+        return packs | {pack for pack, _, _ in index.locate(blocks).values()}
 
     def _is_below(self, pack: str) -> bool:
         size = self._shelf.layout.pack_size(pack)

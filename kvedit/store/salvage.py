@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from contextlib import closing, suppress
 from typing import Any
 
-from kvedit.errors import KVEditError
+from kvedit.errors import CorruptMemory, KVEditError
 from kvedit.memory.digest import canonical_json, digest_bytes
 from kvedit.store.draft import Labels
 from kvedit.store.finder import Finder
@@ -16,6 +16,7 @@ from kvedit.store.journal import Position
 from kvedit.store.layout import Layout
 from kvedit.store.manifest import Manifest
 from kvedit.store.pack import Pack
+from kvedit.store.parsing import SHAPE_ERRORS
 from kvedit.store.sealed import read_paper
 from kvedit.store.shelf import Shelf
 from kvedit.store.tables import SCHEMA, VERSION, apply_event
@@ -39,7 +40,7 @@ def good_lines(data: bytes) -> tuple[list[dict[str, Any]], int]:
             checksum = event.pop("checksum")
             whole = digest_bytes(canonical_json(event)) == checksum
             number = int(event["sequence"]) if whole else 0
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except SHAPE_ERRORS:
             whole = False
         if whole:
             events.setdefault(number, event)  # a line that is there twice happened once
@@ -76,6 +77,7 @@ def salvage_log(shelf: Shelf, finder: Finder) -> list[str]:
     if known:
         events = [*known, *(event for event in events if event["sequence"] > seen)]
         said.append(f"its first {seen} lines are made again from the index")
+    events = _applicable(events, layout)
     found = lost_events(shelf, finder, events, packs)
     names = sum(event["event"] == "put" for event in found)
     if names:
@@ -88,6 +90,20 @@ def salvage_log(shelf: Shelf, finder: Finder) -> list[str]:
     layout.publish(layout.log, [chain([*events, *found])])
     shelf.index.rebuild()
     return said
+
+
+def _applicable(events: Iterable[dict[str, Any]], layout: Layout) -> list[dict[str, Any]]:
+    """Returns the events that an index can be made of: a line may be whole, and no event."""
+    found = []
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.row_factory = sqlite3.Row
+        for statement in SCHEMA:
+            connection.execute(statement)
+        for event in events:
+            with suppress(CorruptMemory):
+                apply_event(connection, {"sequence": 0, **event}, layout)
+                found.append(event)
+    return found
 
 
 def lost_events(

@@ -47,17 +47,15 @@ class Shelf:
 
     def tidy(self) -> None:
         """Removes what writers that died left behind; the caller holds the lock."""
+        if not self.layout.log.exists():
+            return  # lost: what the notes name may be needed, and nothing goes
         packs = self.layout.intended()
-        if self.layout.log.exists():
-            try:
-                self.index.catch_up()  # it may lack what a writer wrote down and died
-            except CorruptMemory:
-                return  # of the log: what it names is not known; readers go on by the index
-            for pack in packs:
-                if not self.index.knows_pack(pack):
-                    self.layout.pack(pack).unlink(missing_ok=True)
-                    self.layout.header(pack).unlink(missing_ok=True)
-        else:
-            for pack in packs:
+        try:
+            self.index.catch_up()  # it may lack what a writer wrote down and died
+        except CorruptMemory:
+            return  # of the log: what it names is not known; readers go on by the index
+        for pack in packs:
+            if not self.index.knows_pack(pack):
                 self.layout.pack(pack).unlink(missing_ok=True)
+                self.layout.header(pack).unlink(missing_ok=True)
         self.layout.sweep()

@@ -334,10 +334,10 @@ class Store(Tiering):
     def __contains__(self, ref: object) -> bool:
         """Whether ``ref`` names exactly one memory."""
         try:
-            self._resolve(ref)
+            self._ask(ref)
+            return self._finder.find(ref) is not None
         except (NotFound, InvalidArgument):
             return False
-        return True
 
     def __len__(self) -> int:
         """Number of names."""

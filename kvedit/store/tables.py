@@ -10,10 +10,18 @@ from typing import Any
 from kvedit.errors import CorruptMemory, InvalidArgument
 from kvedit.store.layout import Layout
 from kvedit.store.pack import Pack
+from kvedit.store.parsing import SHAPE_ERRORS
 
 __all__ = ["COLUMNS", "FACTS", "SCHEMA", "VERSION", "apply_event"]
 
-VERSION = 2
+_SHAPE_ERRORS = (
+    *SHAPE_ERRORS,
+    OverflowError,
+    sqlite3.InterfaceError,
+    sqlite3.ProgrammingError,
+)
+
+VERSION = 3
 """Of these tables; an index of another version is made again."""
 
 SCHEMA = (
@@ -27,8 +35,8 @@ SCHEMA = (
     "CREATE INDEX manifests_pack ON manifests (pack)",
     """CREATE TABLE names (
         name TEXT PRIMARY KEY, head INTEGER, last INTEGER, versions INTEGER,
-        fixed INTEGER DEFAULT 0, pinned INTEGER DEFAULT 0, pushed INTEGER DEFAULT 0)
-        WITHOUT ROWID""",
+        fixed INTEGER DEFAULT 0, pinned INTEGER DEFAULT 0, pushed INTEGER DEFAULT 0,
+        dirty INTEGER DEFAULT 0) WITHOUT ROWID""",
     "CREATE TABLE removed (name TEXT PRIMARY KEY) WITHOUT ROWID",
     """CREATE TABLE versions (
         name TEXT, version INTEGER, record TEXT, content TEXT, created TEXT, message TEXT,
@@ -38,6 +46,9 @@ SCHEMA = (
     "CREATE INDEX versions_record ON versions (record)",
     "CREATE INDEX versions_content ON versions (content)",
     "CREATE INDEX versions_expires ON versions (expires) WHERE expires IS NOT NULL",
+    "CREATE INDEX versions_source ON versions (source) WHERE source IS NOT NULL",
+    # Of every put, also of names that are gone: recipes may still need what was signed.
+    "CREATE TABLE signatures (record TEXT PRIMARY KEY, signature TEXT) WITHOUT ROWID",
     "CREATE TABLE nodes (node TEXT, record TEXT, head INTEGER, PRIMARY KEY (node, record))"
     " WITHOUT ROWID",
     "CREATE INDEX nodes_record ON nodes (record)",
@@ -64,8 +75,22 @@ def apply_event(connection: sqlite3.Connection, event: dict[str, Any], layout: L
 
     Raises:
         InvalidArgument: if a newer version of the library wrote the event.
+        CorruptMemory: if it is no event.
     """
+    try:
+        _apply(connection, event, layout)
+    except _SHAPE_ERRORS as error:
+        if isinstance(error, InvalidArgument):
+            raise
+        raise CorruptMemory(
+            f"{layout.log}: line {event.get('sequence')} is no event: {error!r}"
+        ) from error
+
+
+def _apply(connection: sqlite3.Connection, event: dict[str, Any], layout: Layout) -> None:
     for part in event["events"] if event["event"] == "batch" else [event]:
+        if not isinstance(part.get("name", ""), str):
+            raise TypeError("its name is no text")
         action = _ACTIONS.get(part["event"])
         if action is None:
             raise InvalidArgument(
@@ -107,6 +132,11 @@ def _put(connection: sqlite3.Connection, event: dict[str, Any], layout: Layout) 
             event["sequence"],
         ),
     )
+    if event.get("signature"):
+        connection.execute(
+            "INSERT OR REPLACE INTO signatures VALUES (?, ?)",
+            (event["record"], json.dumps(event["signature"])),
+        )
     nodes = event.get("nodes", [])
     connection.executemany(
         "INSERT OR IGNORE INTO nodes VALUES (?, ?, ?)",
@@ -116,17 +146,20 @@ def _put(connection: sqlite3.Connection, event: dict[str, Any], layout: Layout) 
 
 def _remove(connection: sqlite3.Connection, event: dict[str, Any], layout: Layout) -> None:
     connection.execute(
-        "INSERT OR IGNORE INTO removed SELECT name FROM names WHERE name = ? AND pushed > 0",
+        "INSERT OR IGNORE INTO removed SELECT name FROM names "
+        "WHERE name = ? AND (pushed > 0 OR dirty)",
         (event["name"],),
     )
+    records = _records(connection, event["name"])
     connection.execute("DELETE FROM versions WHERE name = ?", (event["name"],))
     connection.execute("DELETE FROM names WHERE name = ?", (event["name"],))
-    _forget_nodes(connection)
+    _forget_nodes(connection, records)
 
 
 def _drop(connection: sqlite3.Connection, event: dict[str, Any], layout: Layout) -> None:
     """Takes single versions away; a name without any goes as well."""
     name = event["name"]
+    records = _records(connection, name)
     connection.executemany(
         "DELETE FROM versions WHERE name = ? AND version = ?",
         ((name, version) for version in event["versions"]),
@@ -137,7 +170,7 @@ def _drop(connection: sqlite3.Connection, event: dict[str, Any], layout: Layout)
         (name,),
     )
     connection.execute("DELETE FROM names WHERE name = ? AND versions = 0", (name,))
-    _forget_nodes(connection)
+    _forget_nodes(connection, records)
 
 
 def _note(connection: sqlite3.Connection, event: dict[str, Any], layout: Layout) -> None:
@@ -154,6 +187,7 @@ def _note(connection: sqlite3.Connection, event: dict[str, Any], layout: Layout)
         f"UPDATE versions SET {assignments} WHERE name = ? AND version = ?",
         (*values.values(), event["name"], event["version"]),
     )
+    connection.execute("UPDATE names SET dirty = 1 WHERE name = ?", (event["name"],))
 
 
 def _pin(connection: sqlite3.Connection, event: dict[str, Any], layout: Layout) -> None:
@@ -179,7 +213,7 @@ def _pushed(connection: sqlite3.Connection, event: dict[str, Any], layout: Layou
         "UPDATE packs SET pushed = 1 WHERE digest = ?", ((pack,) for pack in event["packs"])
     )
     for name, version in event.get("names", {}).items():
-        connection.execute("UPDATE names SET pushed = ? WHERE name = ?", (version, name))
+        connection.execute("UPDATE names SET pushed = ?, dirty = 0 WHERE name = ?", (version, name))
         connection.execute("DELETE FROM removed WHERE name = ?", (name,))
 
 
@@ -212,8 +246,18 @@ def _fill(connection: sqlite3.Connection, table: str, digests: Iterable[str], pa
     )
 
 
-def _forget_nodes(connection: sqlite3.Connection) -> None:
-    connection.execute("DELETE FROM nodes WHERE record NOT IN (SELECT record FROM versions)")
+def _forget_nodes(connection: sqlite3.Connection, records: Iterable[str]) -> None:
+    """Forgets the steps of records that no version has any more."""
+    connection.executemany(
+        "DELETE FROM nodes WHERE record = ?1 AND NOT EXISTS "
+        "(SELECT 1 FROM versions WHERE record = ?1)",
+        ((record,) for record in records),
+    )
+
+
+def _records(connection: sqlite3.Connection, name: str) -> list[str]:
+    rows = connection.execute("SELECT DISTINCT record FROM versions WHERE name = ?", (name,))
+    return [row[0] for row in rows]
 
 
 _ACTIONS = {

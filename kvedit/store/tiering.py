@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 
 from kvedit.errors import (
-    CapacityExceeded,
-    CorruptMemory,
     InvalidArgument,
     KVEditError,
-    MutatedMemory,
     NotFound,
     RaceLost,
-    TierUnavailable,
 )
 from kvedit.memory import KVMemory
 from kvedit.store.draft import Draft, Prepared
 from kvedit.store.layout import Durability
+from kvedit.store.lifting import FAILURES, Lifting
 from kvedit.store.opened import Rebuild
 from kvedit.store.queue import PutQueue
-from kvedit.store.reader import Verify
 from kvedit.store.records import Record
 from kvedit.store.refs import check_name, parse_ref
 from kvedit.store.room import Room, parse_bytes
 from kvedit.store.sign import Signer
 from kvedit.store.stats import StoreStats
-from kvedit.store.tiers import LiveTier, Pool, PoolTier
-from kvedit.store.upkeep import Upkeep
+from kvedit.store.tiers import Pool
 from kvedit.store.urls import cache_folder, is_url
 
 __all__ = ["Tiering"]
 
-Result = TypeVar("Result")
-_ERRORS = (TierUnavailable, OSError)
 
-
-class Tiering(Upkeep):
+class Tiering(Lifting):
     """The verbs of a store that move memories between tiers; the arguments are ``Store``'s."""
 
     def __init__(
@@ -87,8 +77,7 @@ class Tiering(Upkeep):
         self._finder.note_use = capacity is not None
         if self._sync is not None:
             self._finder.below = self._sync.below
-        self._pool = None if pool is None else PoolTier(pool, self._shelf.cipher)
-        self._live = self._live_tiers(ram, device)
+        self._add_tiers(ram, device, pool)
 
     # What users call
 
@@ -219,60 +208,17 @@ class Tiering(Upkeep):
 
     # Reading
 
-    def _resolve(self, ref: object) -> Record:
+    def _ask(self, ref: object) -> None:
         if self._follows:
             name = parse_ref(ref).name
             if name:
                 self._refresh([name])
-            elif self._finder.is_unknown(ref):
+            elif self._finder.find(ref) is None:
                 self._learn()  # a digest: any name may have it
-        return super()._resolve(ref)
 
     def _learn(self) -> None:
         if self._follows:
             self._needed().pull_all(eager=False)
-
-    def _get_whole(
-        self,
-        record: Record,
-        verify: Verify,
-    ) -> KVMemory:
-        memory = None if verify == "deep" else self._from_live(record.record)
-        if memory is None:
-            memory = self._from_pool(record) or self._read(record, verify=verify)
-            if verify in ("full", "deep"):  # what comes from there is not checked again
-                self._lift(record.record, memory)
-        return memory
-
-    def _from_live(self, record: str) -> KVMemory | None:
-        for tier in self._live:
-            memory = tier.get(record)
-            if memory is not None:
-                self._check_trusted(record)
-                self.counters.add(live_hits=1)
-                return memory
-        return None
-
-    def _check_trusted(self, record: str) -> None:
-        if self._shelf.trusted:
-            self._finder.paper(record)
-
-    def _from_pool(self, record: Record) -> KVMemory | None:
-        """Returns the memory from the pool, where the folder lacks its bytes."""
-        pool = self._pool
-        if pool is None or self._is_here(record):
-            return None
-        self._check_trusted(record.record)
-        return self._degrading("pool", lambda: pool.get(record.record), None)
-
-    def _is_here(self, record: Record) -> bool:
-        pack = self._shelf.index.manifest_pack(record.record)
-        return pack is None or self._shelf.layout.pack_size(pack) >= 0
-
-    def _lift(self, record: str, memory: KVMemory) -> None:
-        for tier in self._live:
-            with suppress(CapacityExceeded, MutatedMemory):
-                tier.put(record, memory)
 
     # Writing
 
@@ -283,39 +229,38 @@ class Tiering(Upkeep):
 
     def _commit(self, puts: Sequence[Prepared], seen: Mapping[str, str]) -> list[Record]:
         records = super()._commit(puts, seen)
-        if self._sync is not None and (self._follows or self._write == "through"):
-            for record in records:
-                self._push_through(record)
+        for record in records:
+            self._moved(record, fresh=record.record != seen.get(record.name))
         return records
 
-    def _push_through(self, record: Record) -> None:
+    def _moved(self, record: Record, fresh: bool) -> None:
+        if self._sync is not None and (self._follows or self._write == "through"):
+            self._push_through(record, fresh)
+
+    def _push_through(self, record: Record, fresh: bool) -> None:
         sync = self._needed()
         try:
             sync.push(record.name)
         except RaceLost:
-            self._take_back(record)
+            self._take_back(record, fresh)
             raise
-        except _ERRORS as error:
+        except FAILURES as error:
             if self._follows:
-                self._take_back(record)
+                self._take_back(record, fresh)
                 raise
             self._warn("remote", error)
 
-    def _take_back(self, record: Record) -> None:
+    def _take_back(self, record: Record, fresh: bool) -> None:
+        if not fresh:
+            return  # an earlier put was acknowledged with that version
         with self._shelf.layout.lock:
             event = {"event": "drop", "name": record.name, "versions": [record.version]}
             self._writer.record(event)
 
-    def _keep(self, record: Record, memory: KVMemory) -> None:
-        # It was just digested: whatever was known of it before, these are its bytes.
-        self._lift(record.record, dataclasses.replace(memory, verified=True))
-        pool = self._pool
-        if pool is not None:
-            paper = self._finder.paper(record.record)
-            self._degrading("pool", lambda: pool.put(record.record, memory, paper), None)
-
     def _removed(self, name: str) -> None:
-        if self._sync is not None and (self._follows or self._write == "through"):
+        if self._follows:
+            self._needed().push(name)  # until then it is not removed
+        elif self._sync is not None and self._write == "through":
             sync = self._sync
             self._degrading("remote", lambda: sync.push(name), 0)
 
@@ -343,33 +288,3 @@ class Tiering(Upkeep):
                 "this store has no remote store: open it with Store(folder, remote='s3://…')"
             )
         return self._sync
-
-    def _live_tiers(
-        self, ram: int | str | None, device: tuple[torch.device | str, int | str] | None
-    ) -> list[LiveTier]:
-        def count(evicted: int) -> None:
-            self.counters.add(evicted=evicted)
-
-        tiers = []
-        if device is not None:
-            tiers.append(LiveTier(parse_bytes(device[1]), device[0], count))
-            tiers[0].name = str(tiers[0].device)
-        if ram is not None:
-            tiers.append(LiveTier(parse_bytes(ram), "cpu", count))
-        return tiers
-
-    def _degrading(self, tier: str, action: Callable[[], Result], otherwise: Result) -> Result:
-        """Returns what the action returns; a tier that fails is warned of and done without."""
-        try:
-            return action()
-        except (*_ERRORS, CorruptMemory) as error:
-            self._warn(tier, error)
-            return otherwise
-
-    def _warn(self, tier: str, error: Exception) -> None:
-        self.counters.add(degraded=1)
-        warnings.warn(
-            f"tier {tier} failed, and the others go on without it: {error}",
-            RuntimeWarning,
-            stacklevel=4,
-        )

@@ -8,17 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kvedit.errors import CorruptMemory, InvalidArgument, KVEditError, UntrustedMemory
+from kvedit.errors import CorruptMemory, InvalidArgument, KVEditError, NotFound, UntrustedMemory
 from kvedit.memory import KVMemory
 from kvedit.store.carry import open_file, travelling, write_file
 from kvedit.store.codecs import LOSSY
 from kvedit.store.crypt import Cipher
-from kvedit.store.draft import Draft, Labels, Prepared, facts, step_ids
+from kvedit.store.draft import Draft, Labels, Prepared, put_event
 from kvedit.store.du import Usage, measure_usage
 from kvedit.store.family import Family
 from kvedit.store.fsck import Bring, Checkup, Health
 from kvedit.store.gc import Collected, collect
-from kvedit.store.packing import finish, paper_piece
+from kvedit.store.packing import Piece, finish, paper_piece
 from kvedit.store.recipes import is_recipe
 from kvedit.store.records import Record
 from kvedit.store.repack import copy_blocks
@@ -114,21 +114,11 @@ class Upkeep(Family):
         paper = self._finder.paper(record.record)
         note = travelling(self._shelf.index.event(record.record) | self._labels(record))
         if self._shelf.cipher is None and key is None:
-            manifest = self._finder.manifest(record.record, record.content)
-            parts = manifest.parts.values()
-            blocks = {block.digest for part in parts for block in part.blocks}
-            packs = self._finder.hold(record.record, blocks, partial=False)
-            held = {id(pack): pack for pack in packs.values()}.values()
-            pieces = [
-                piece
-                for pack in held
-                for piece in copy_blocks(pack, {b for b in blocks if packs[b] is pack})
-            ]
-            return write_file(
-                Path(path), finish(pieces, [paper_piece(record.record, paper)], note=note)
-            )
-        cipher = None if key is None else Cipher.from_key(key, "")
-        return write_file(Path(path), seal(memory, paper, cipher, note))
+            pieces = self._stored_pieces(record)
+            pack = finish(pieces, [paper_piece(record.record, paper)], note=note)
+        else:
+            pack = seal(memory, paper, None if key is None else Cipher.from_key(key, ""), note)
+        return write_file(Path(path), pack)
 
     def import_(
         self,
@@ -160,28 +150,34 @@ class Upkeep(Family):
         target = name or note.get("name")
         if not target:
             raise InvalidArgument(f"{path} does not say what it is called: import it with name=...")
-        signature = self._trusted(found.manifest.record, note.get("signature"))
-        labels = Labels.of(
-            note.get("message", ""),
-            tuple(note.get("tags", ())),
-            note.get("source", ""),
-            note.get("licence", ""),
-            note.get("metrics"),
-        )
+        named = ("message", "tags", "source", "licence", "metrics")
+        labels = Labels.of(**{key: note[key] for key in named if key in note})
         # What a lossy codec made is encoded only once: again, it would come out as another memory.
         codec = "raw" if found.manifest.codec in LOSSY else found.manifest.codec
         draft = Draft(found.memory, target, labels, codec, None, force)
         cut = found.memory.cut()
-        event: dict[str, Any] = {"event": "put", "name": target, **labels.to_json()}
-        event |= {"record": found.manifest.record, "content": found.manifest.content}
-        event |= {"codec": found.manifest.codec, "facts": facts(found.memory, cut)}
-        event |= {"nodes": step_ids(found.memory), "signature": signature}
+        event = put_event(target, labels, found.manifest.record, found.memory, cut)
+        event |= {"content": found.manifest.content, "codec": found.manifest.codec}
+        event |= {"signature": self._trusted(found.manifest.record, note.get("signature"))}
         stored = found.held if cipher is None else None
         put = Prepared(draft, found.memory, cut, {}, found.paper, event, None, stored)
         current = self._shelf.index.entry(target)
         return self._commit([put], {target: current.record if current else ""})[0]
 
     # Inside
+
+    def _stored_pieces(self, record: Record) -> list[Piece]:
+        """Returns the blocks of a memory as they are stored."""
+        manifest = self._finder.manifest(record.record, record.content)
+        parts = manifest.parts.values()
+        blocks = {block.digest for part in parts for block in part.blocks}
+        packs = self._finder.hold(record.record, blocks, partial=False)
+        held = {id(pack): pack for pack in packs.values()}.values()
+        return [
+            piece
+            for pack in held
+            for piece in copy_blocks(pack, {b for b in blocks if packs[b] is pack})
+        ]
 
     def _trusted(self, record: str, data: Any) -> dict[str, str] | None:
         """Returns the signature to keep: the one that came, or our own."""
@@ -210,8 +206,9 @@ class Upkeep(Family):
         def fetch(node: str) -> KVMemory:
             for one in self._shelf.index.made_of(node, head=True):
                 if one.record != record.record and not is_recipe(one):
-                    return self._read(one)
-            raise CorruptMemory(f"no sound memory of step {node}")
+                    with suppress(CorruptMemory):  # another name may have a sound one
+                        return self._read(one)
+            raise NotFound(f"no sound memory of step {node}")  # a replay makes it, then
 
         return self._replay(lineage, fetch)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from kvedit.errors import InvalidArgument, RaceLost
 from kvedit.memory.blocks import Block
+from kvedit.store.catalogue import now
 from kvedit.store.draft import Prepared
-from kvedit.store.index import now
 from kvedit.store.journal import Position
 from kvedit.store.packing import Encoded, build_pack, finish
 from kvedit.store.records import Record

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,7 +114,9 @@ class S3Server:
         self._process.communicate(timeout=30)
         self._process = None
         for part, (_, grpc) in self._ports.items():
-            Path(f"/tmp/seaweedfs-{part}-grpc-{grpc}.sock").unlink(missing_ok=True)
+            Path(tempfile.gettempdir(), f"seaweedfs-{part}-grpc-{grpc}.sock").unlink(
+                missing_ok=True
+            )
         atexit.unregister(self.kill)
 
     def _command(self) -> list[str]:

@@ -234,7 +234,6 @@ def test_bad_capacities(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="Finder.hold forgets what it mapped when it tries again")
 def test_a_memory_of_more_packs_than_there_is_room_for_is_still_read(make):
     """What is mapped stays readable while the next pack pushes its file out."""
     store = make(1.2)

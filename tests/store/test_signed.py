@@ -150,7 +150,6 @@ def test_a_signed_recipe(tmp_path):
         other.get("edit")
 
 
-@pytest.mark.xfail(strict=True, reason="the base's signature goes with its last name")
 def test_a_signed_recipe_outlives_the_name_of_its_base(tmp_path):
     store = strict(tmp_path / "s", signer=MINE, replay=rebuild)
     base = build_memory(1)

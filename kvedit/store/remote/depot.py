@@ -12,17 +12,21 @@ from typing import Any
 from kvedit.errors import CorruptMemory, InvalidArgument
 from kvedit.memory.digest import canonical_json, digest_bytes
 from kvedit.memory.parallel import run_all
+from kvedit.store.draft import check_metrics
 from kvedit.store.holding import FetchedPack
 from kvedit.store.pack import HEADER_LIMIT, Extent, ManifestPlace, Pack
-from kvedit.store.refs import check_name, is_digest
+from kvedit.store.parsing import SHAPE_ERRORS
+from kvedit.store.refs import check_labels, check_name, is_digest
 from kvedit.store.remote.objects import Objects
+from kvedit.store.sign import Signature
 
 __all__ = ["Depot", "RefDocument"]
 
 _FORMAT = "kvedit.ref.1"
+_PUT = ("event", "name", "record", "content", "codec", "base", "facts", "nodes", "packs", "time")
+_LABELS = ("message", "tags", "source", "licence", "metrics", "expires", "signature", "fixed")
 _GRACE = timedelta(hours=24)
 _GUESS = 1 << 16
-_SHAPE_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,47 @@ class RefDocument:
                     f"{where} has format {found['format']!r}, this kvedit reads {_FORMAT}: use a "
                     "newer kvedit"
                 )
-            for version in found["versions"]:
-                digests = (version["record"], version["content"], *version["packs"])
-                if not all(is_digest(digest) for digest in digests):
-                    raise CorruptMemory(f"{where}: a version is not named by digests")
-            check_name(found["name"])
-            return cls(found["name"], tuple(found["versions"]), bool(found["removed"]))
+            name = check_name(found["name"])
+            removed = bool(found["removed"])
+            versions = tuple(_version(version, name) for version in found["versions"])
+            if not versions and not removed:
+                raise CorruptMemory(f"{where} has no version")
+            return cls(name, versions, removed)
         except InvalidArgument:
             raise
-        except _SHAPE_ERRORS as error:
+        except SHAPE_ERRORS as error:
             raise CorruptMemory(f"{where} does not describe a name: {error!r}") from error
+
+
+def _version(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """Returns what a version says, checked: it goes into the log, whoever wrote it.
+
+    Raises:
+        ValueError: if it is anything else than a put of that name.
+    """
+    if found["event"] != "put" or found["name"] != name:
+        raise ValueError(f"a version is no put of {name}")
+    base, expires, facts = found.get("base"), found.get("expires"), found["facts"]
+    packs, nodes, tags = found["packs"], found.get("nodes", []), found["tags"]
+    if not all(isinstance(some, list) for some in (packs, nodes, tags)):
+        raise ValueError("packs, nodes or tags are no list")
+    digests = (found["record"], found["content"], *packs, *([] if base is None else [base]))
+    if not all(is_digest(digest) for digest in digests):
+        raise ValueError("a version is not named by digests")
+    check_labels(found["message"], tags)
+    texts = [found.get(key) or "" for key in ("source", "licence", "codec")]
+    check_metrics(found.get("metrics", {}))
+    texts += [*nodes, facts["dtype"], facts["model"]]
+    numbers = [facts[key] for key in ("bytes", "slots", "tokens", "layers")]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a text is none")
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+        raise ValueError("a size is no number")
+    for time in (found["time"], *([] if expires is None else [expires])):
+        datetime.fromisoformat(time)
+    if (signature := found.get("signature")) is not None:
+        Signature.from_json(signature)
+    return {key: value for key, value in found.items() if key in (*_PUT, *_LABELS)}
 
 
 class Depot:
@@ -166,7 +201,7 @@ class Depot:
             if body["record"] != record or not all(is_digest(pack) for pack in body["packs"]):
                 raise ValueError("it is of another record")
             return dict(body)
-        except _SHAPE_ERRORS as error:
+        except SHAPE_ERRORS as error:
             raise CorruptMemory(f"record {record} of the remote store: {error!r}") from error
 
     def drop_record(self, record: str) -> None:

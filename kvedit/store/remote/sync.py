@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from kvedit.errors import CorruptMemory, NotFound, RaceLost
@@ -21,6 +21,7 @@ from kvedit.store.writer import Writer
 __all__ = ["RemoteBelow", "Sync"]
 
 Event = Mapping[str, Any]
+_TRIES = 5
 
 
 class RemoteBelow(Below):
@@ -35,8 +36,13 @@ class RemoteBelow(Below):
         self._shelf = shelf
         self._depot = depot
 
-    def fetch(self, pack: str) -> bool:
+    def fetch(self, pack: str, known: bool = False) -> bool:
         """Returns whether it brought a pack into the folder, every byte checked.
+
+        Args:
+            pack: its digest.
+            known: whether to bring it only if the index knows it then; garbage may have been
+                collected meanwhile.
 
         Raises:
             CorruptMemory: if what is there is not that pack.
@@ -54,7 +60,10 @@ class RemoteBelow(Below):
         ):
             raise CorruptMemory(f"remote pack {pack} is damaged")
         layout = self._shelf.layout
-        with layout.lock:  # or a store that is just opened would sweep the file away
+        # Locked, or a store that is just opened would sweep the file away.
+        with layout.lock, layout.intent([pack]):
+            if known and not self._shelf.index.knows_pack(pack):
+                return False
             self._shelf.make_room(len(data))
             layout.publish(layout.pack(pack), [data])
         self._shelf.counters.add(fetched=1)
@@ -96,7 +105,16 @@ class Sync:
             RaceLost: if the remote name went another way.
             TierUnavailable: if the remote store can't be reached.
         """
-        ours = self._versions(name)
+        for _ in range(_TRIES):
+            ours = self._versions(name)
+            packs = {pack for version in ours for pack in version["packs"]}
+            with suppress(FileNotFoundError, CorruptMemory):
+                return self._push(name, ours, packs, force)
+            if len(self._shelf.index.packs_of(packs)) == len(packs):
+                break  # none was collected meanwhile: it is as it says
+        return self._push(name, ours, packs, force)
+
+    def _push(self, name: str, ours: list[dict[str, Any]], packs: set[str], force: bool) -> int:
         found = self.depot.get_name(name)
         if not ours:
             return self._push_removal(name, found)
@@ -110,13 +128,16 @@ class Sync:
                 )
             fresh = [ours[-1]]
         known = {_identity(version): version for version in ours}
-        document = RefDocument(name, (*(known.get(_identity(old), old) for old in theirs), *fresh))
-        sent = self._send({pack for version in fresh for pack in version["packs"]})
-        for version in fresh:
+        again = [known.get(_identity(old), old) for old in theirs]
+        document = RefDocument(name, (*again, *fresh))
+        # Also what lies in other packs than it did, since garbage was collected here.
+        changed = [new for new, old in zip(again, theirs, strict=True) if new != old] + fresh
+        sent = self._send({pack for version in changed for pack in version["packs"]})
+        for version in changed:
             self.depot.put_record(version["record"], version)
         if found is None or document != found[0]:
             self.depot.set_name(document, found[1] if found else None)
-        self._note({pack for v in ours for pack in v["packs"]}, name)
+        self._note(packs, name, self._version_of(name, ours[-1]))
         return sent
 
     def pull(self, name: str, eager: bool = True, force: bool = False) -> bool:
@@ -185,13 +206,25 @@ class Sync:
                 raise CorruptMemory(f"pack {pack} is neither here nor in the remote store")
         return sent
 
-    def _note(self, packs: Iterable[str], name: str) -> None:
-        known = {pack for pack, _, pushed in self._shelf.index.packs_of(packs) if not pushed}
-        entry = self._shelf.index.entry(name)
-        version = entry.version if entry else 0
-        if known or self._shelf.index.pushed_version(name) != version:
-            with self._shelf.layout.lock:
-                event = {"event": "pushed", "packs": sorted(known), "names": {name: version}}
+    def _version_of(self, name: str, event: Event) -> int:
+        """Returns the number of the version that a put made; others may have come since."""
+        for one in self._shelf.index.versions(name):
+            created = one.created.isoformat(timespec="microseconds")
+            if (one.record, created) == _identity(event):
+                return one.version
+        return 0
+
+    def _note(self, packs: Collection[str], name: str, version: int | None = None) -> None:
+        with self._shelf.layout.lock:
+            self._shelf.index.catch_up()
+            known = {pack for pack, _, pushed in self._shelf.index.packs_of(packs) if not pushed}
+            if version is None:
+                entry = self._shelf.index.entry(name)
+                version = entry.version if entry else 0
+            if known or self._shelf.index.pushed_version(name) != version:
+                # A name that was removed meanwhile still has to be removed there.
+                names = {name: version} if version or not packs else {}
+                event = {"event": "pushed", "packs": sorted(known), "names": names}
                 self._writer.record(event)
 
     def _push_removal(self, name: str, found: tuple[RefDocument, str] | None) -> int:
@@ -229,6 +262,7 @@ class Sync:
         events = [{**version, "packs": []} for version in known.values()]
         events[0]["packs"] = missing
         with self._shelf.layout.lock:
+            self._bring(missing, packs if eager else [])  # what a collection took meanwhile
             self._writer.append({"event": "batch", "events": events})
             self._note(packs, name)
         return True
