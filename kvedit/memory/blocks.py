@@ -116,6 +116,8 @@ def rows(tensor: torch.Tensor, axis: int, start: int, size: int) -> list[memoryv
     stride = len(data) // max(outer, 1)
     if not stride:
         return []
+    if start == 0 and size >= tensor.shape[axis]:
+        return [data]
     step = stride // tensor.shape[axis]
     first, length = start * step, size * step
     return [data[at : at + length] for at in range(first, outer * stride, stride)]

@@ -57,6 +57,10 @@ class _Piece:
     def start(self) -> int:
         return self.index * BLOCK_SLOTS
 
+    @property
+    def nbytes(self) -> int:
+        return self.part.blocks[self.index].nbytes
+
 
 def read_planned(
     plan: Plan, held: Mapping[str, HeldPack], verify: Verify, cipher: Cipher | None
@@ -88,7 +92,7 @@ def read_planned(
             _check(piece)
 
     todo = [piece for piece in pieces if not piece.mapped or _place(piece.source) in deep]
-    run_all(finish, todo, large)
+    run_all(finish, todo, sum(piece.nbytes for piece in todo) > _PARALLEL_FROM)
     _remember(plan, todo, deep)
     return tensors
 
