@@ -15,6 +15,7 @@ from kvedit.runs.verbs.options import (
     add_prompt,
     add_store,
     load_model_of,
+    note,
     open_store,
     positive,
 )
@@ -66,6 +67,8 @@ def _ask(args: Namespace) -> Outcome:
             )
         if args.stream:
             _stream(args)("\n")
+        if not reply.text:
+            note(f"the model ended at once after {question!r}: as a text, nothing has to follow it")
         replies.append({"question": question, "text": reply.text, "tokens": len(reply.tokens)})
     data = {"name": record.name, "record": record.record, "model": memory.model.name}
     return Outcome({**data, "replies": replies}, "" if args.stream else _shown(replies))
