@@ -19,7 +19,10 @@ class Counters:
         bytes_verified: of these, bytes whose digest was checked.
         bytes_written: bytes of packs and log lines.
         live_hits: memories that a tier of live memories (RAM, device) returned.
+        read_ns: nanoseconds in which blocks were read and checked.
         fetched: packs that came from a tier below.
+        bytes_fetched: their bytes.
+        fetch_ns: nanoseconds in which they came, checks included.
         pushed: packs that went to a tier below.
         evicted: memories and packs that made room.
         degraded: times that a tier failed and the others did its work.
@@ -31,7 +34,10 @@ class Counters:
     bytes_verified: int = 0
     bytes_written: int = 0
     live_hits: int = 0
+    read_ns: int = 0
     fetched: int = 0
+    bytes_fetched: int = 0
+    fetch_ns: int = 0
     pushed: int = 0
     evicted: int = 0
     degraded: int = 0

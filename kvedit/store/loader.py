@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -58,9 +59,12 @@ class Loader:
             held = {one.pack.digest: one for one in packs.values()}
             if whole:
                 self._plans.put(record, plan)
+        start = time.perf_counter_ns()
         tensors = read_planned(plan, held, verify, cipher)
+        took = time.perf_counter_ns() - start
         checked = plan.size if verify != "off" else 0
-        self._shelf.counters.add(bytes_read=plan.size, bytes_verified=checked)
+        counters = self._shelf.counters
+        counters.add(bytes_read=plan.size, bytes_verified=checked, read_ns=took)
         return tensors
 
     def _reopened(self, plan: Plan) -> dict[str, HeldPack] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import islice
 
@@ -12,6 +13,7 @@ from kvedit.memory import KVMemory
 from kvedit.memory.show import human_bytes
 from kvedit.store.diff import MemoryDiff, diff_memories
 from kvedit.store.draft import Draft, Labels
+from kvedit.store.forecast import Forecast, forecast
 from kvedit.store.reader import VERIFY, Verify
 from kvedit.store.recipes import RECIPE, is_recipe
 from kvedit.store.records import Details, Entry, Listing, Record
@@ -151,6 +153,7 @@ class Store(Tiering):
         dtype: torch.dtype | None = None,
         verify: Verify = "full",
         slots: tuple[int, int] | None = None,
+        prefill: float | None = None,
     ) -> KVMemory:
         """Returns a memory, every byte of it checked.
 
@@ -170,6 +173,8 @@ class Store(Tiering):
                 alone. ``"off"`` checks nothing but sizes and the manifest, and marks the memory
                 as unverified.
             slots: only these slots of each layer, first and one past the last.
+            prefill: tokens per second of the model here: warns where, by the speeds seen so far,
+                computing the memory again would have been faster.
 
         Raises:
             NotFound: if the store has no such memory.
@@ -186,6 +191,8 @@ class Store(Tiering):
             self.counters.add(misses=1)
             raise
         wanted = None if layers is None else list(layers)
+        if prefill is not None and (seen := self._forecast(record, prefill)).recompute:
+            warnings.warn(f"{record.name}: {seen}", RuntimeWarning, stacklevel=2)
         try:
             if wanted is None and slots is None:
                 memory = self._get_whole(record, verify)
@@ -197,6 +204,24 @@ class Store(Tiering):
             raise
         self.counters.add(hits=1)
         return memory if device is None and dtype is None else memory.to(device, dtype)
+
+    def forecast(self, ref: str, prefill: float) -> Forecast:
+        """Returns whether loading a memory will be faster than computing it again.
+
+        It knows the speeds that this object has seen: get something first.
+
+        Args:
+            ref: as in :meth:`get`.
+            prefill: tokens per second of the model here.
+
+        Raises:
+            NotFound: if the store has no such memory.
+            InvalidArgument: if no prefill can make it, or the speed is not positive.
+        """
+        return self._forecast(self._resolve(ref), prefill)
+
+    def _forecast(self, record: Record, prefill: float) -> Forecast:
+        return forecast(self._shelf, self._finder, record, prefill)
 
     def peek(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -48,6 +49,7 @@ class RemoteBelow(Below):
             CorruptMemory: if what is there is not that pack.
             TierUnavailable: if the remote store can't be reached.
         """
+        start = time.perf_counter_ns()
         data = self._depot.read_pack(pack)
         if data is None:
             return False
@@ -66,7 +68,8 @@ class RemoteBelow(Below):
                 return False
             self._shelf.make_room(len(data))
             layout.publish(layout.pack(pack), [data])
-        self._shelf.counters.add(fetched=1)
+        took = time.perf_counter_ns() - start
+        self._shelf.counters.add(fetched=1, bytes_fetched=len(data), fetch_ns=took)
         return True
 
     def fetch_parts(self, pack: Pack, places: Iterable[Extent | ManifestPlace]) -> HeldPack | None:
