@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ SLOT_AXIS = {
 _PARALLEL_FROM = 1 << 20
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Block:
     """A piece of a memory.
 
@@ -96,8 +96,15 @@ def blocks(memory: KVMemory) -> list[Block]:
     ]
     if memory.source is not None:
         tensors += [(-1, kind, tensor) for kind, tensor in memory.source.tensors()]
-    large = sum(tensor.nbytes for _, _, tensor in tensors) > _PARALLEL_FROM
-    return [block for cut in run_all(_cut, tensors, large) for block in cut]
+    # Layers often share positions and sources: each tensor is hashed once.
+    different = {(id(tensor), kind): (index, kind, tensor) for index, kind, tensor in tensors}
+    large = sum(tensor.nbytes for _, _, tensor in different.values()) > _PARALLEL_FROM
+    cuts = dict(zip(different, run_all(_cut, list(different.values()), large), strict=True))
+    return [
+        block if block.layer == index else replace(block, layer=index)
+        for index, kind, tensor in tensors
+        for block in cuts[id(tensor), kind]
+    ]
 
 
 def rows(tensor: torch.Tensor, axis: int, start: int, size: int) -> list[memoryview]:

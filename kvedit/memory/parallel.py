@@ -35,5 +35,11 @@ def run_all(
     count = min(threads(), len(items)) if parallel else 1
     if count <= 1:
         return [function(item) for item in items]
+
+    def share(first: int) -> list[Result]:
+        return [function(item) for item in items[first::count]]
+
+    # One task per thread: a task per item costs more than many an item.
     with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(function, items))
+        shares = list(pool.map(share, range(count)))
+    return [shares[at % count][at // count] for at in range(len(items))]
