@@ -96,7 +96,10 @@ def _read(model: PreTrainedModel) -> Inspection:
             "them use another mechanism"
         )
     learned = moves_values(seen[0])
-    fits = {} if learned else {i: fit_rope(i, layer, buffers) for i, layer in seen.items()}
+    try:
+        fits = {} if learned else {i: fit_rope(i, layer, buffers) for i, layer in seen.items()}
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{type(model).__name__}, {error}") from None
     found = {index: fit for index, fit in fits.items() if fit is not None}
     if not learned and not found:
         raise UnsupportedModel(

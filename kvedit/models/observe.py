@@ -16,6 +16,7 @@ import torch
 
 from kvedit.errors import UnsupportedModel
 from kvedit.models.attention_call import AttentionCall, MaskRule, Output
+from kvedit.models.cache_argument import cache_argument
 from kvedit.models.route import observing, routed
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def observe(model: PreTrainedModel) -> dict[int, LayerObservation]:
     arguments: dict[str, Any] = {
         "input_ids": ids,
         "position_ids": positions,
-        "past_key_values": DynamicCache(config=model.config),
+        cache_argument(model): DynamicCache(config=model.config),
         "use_cache": True,
     }
     with routed(model), observing(watcher), torch.no_grad():

@@ -222,7 +222,9 @@ REFUSED: Mapping[str, TinyFamily] = MappingProxyType(
             "Gemma4TextConfig", "KV shared across layers", _SHARED_KV, local_theta=1_000.0
         ),
         "gptj": TinyFamily(
-            "GPTJConfig", "attention outside the interface", {**_GPT_SIZES, "rotary_dim": 8}
+            "GPTJConfig",
+            "attention outside the interface, and RoPE by a table",
+            {**_GPT_SIZES, "rotary_dim": 8},
         ),
         "t5": TinyFamily(
             "T5Config",

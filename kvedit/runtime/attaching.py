@@ -49,7 +49,8 @@ def attach(
     """Attaches memories to a model for the time of the block.
 
     Several sessions can be open on one model, and one memory in several sessions. In the block,
-    raw calls work with ``past_key_values=session.cache`` and explicit ``position_ids``.
+    raw calls work with ``cache=session.cache`` (``past_key_values=`` before transformers 5.24) and
+    explicit ``position_ids``.
 
     Args:
         model: the model that made the memories.

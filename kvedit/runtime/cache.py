@@ -1,8 +1,9 @@
 """MemoryCache: transformers' cache, filled from memories, that knows positions and bias.
 
-It is passed as ``past_key_values``. Per forward pass it is told the positions of the new tokens
-(:meth:`MemoryCache.begin`), and it completes every attention call with the layer's own mask and
-bias. All of that lives here and not on the model, so sessions on one model don't meet.
+It is passed as ``cache`` (``past_key_values`` before transformers 5.24). Per forward pass it is
+told the positions of the new tokens (:meth:`MemoryCache.begin`), and it completes every attention
+call with the layer's own mask and bias. All of that lives here and not on the model, so sessions
+on one model don't meet.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvedit.errors import InvalidArgument
+from kvedit.models.cache_argument import is_given
 from kvedit.models.route import routed
 from kvedit.runtime.cache import MemoryCache
 
@@ -32,14 +33,14 @@ def announcing(model: PreTrainedModel, cache: MemoryCache) -> Iterator[None]:
         module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if given.get("past_key_values") is not cache:
+        if not is_given(cache, given):
             return None
         _announce(cache, given)
         given.update(attention_mask=None, use_cache=True)
         return (), given
 
     def after(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if kwargs.get("past_key_values") is cache:
+        if is_given(cache, kwargs):
             cache.end()
 
     with routed(model):

@@ -71,7 +71,7 @@ class Places:
         if call.key.shape[2] != call.query.shape[2]:
             raise UnsupportedModel(
                 "keys before RoPE need each slot's position, and transformers' own caches keep "
-                "none: tap within kv.attach, or a call without past_key_values"
+                "none: tap within kv.attach, or a call without a cache"
             )
         return self.queries(call)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvedit.errors import ContextTooLong, InvalidArgument, UnsupportedModel
+from kvedit.models.cache_argument import CACHE_ARGUMENTS, cache_argument
 from kvedit.runtime.cache import MemoryCache
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _REFUSED = {
     "assistant_model": "assisted decoding is not supported over a memory",
     "prompt_lookup_num_tokens": "assisted decoding is not supported over a memory",
     "cache_implementation": "a memory brings its own cache; static caches are not supported",
-    "past_key_values": "a session brings its own cache",
+    **dict.fromkeys(CACHE_ARGUMENTS, "a session brings its own cache"),
     "position_ids": "a session knows its positions",
     "attention_mask": "a session knows its mask",
     "inputs_embeds": "pass text, messages or token ids",
@@ -125,10 +126,10 @@ def _generate(
     with _seeded(seed), torch.no_grad():
         output = model.generate(
             ids,
-            past_key_values=cache,
             attention_mask=torch.cat((before, valid.long()), dim=1),
             position_ids=(starts[:, None] + valid.cumsum(dim=1) - 1).clamp_min(0),
             max_new_tokens=max_new_tokens,
+            **{cache_argument(model): cache},
             **settings,
         )
     made: list[list[int]] = output[:, ids.shape[1] :].tolist()

@@ -12,6 +12,7 @@ import torch
 
 from kvedit.errors import InvalidArgument
 from kvedit.memory import KVMemory, Message, Source
+from kvedit.models.cache_argument import cache_argument
 from kvedit.models.inspection import Inspection
 from kvedit.runtime.cache import MemoryCache
 from kvedit.runtime.grown import grown_memory
@@ -102,7 +103,7 @@ class Session:
                 input_ids=ids,
                 attention_mask=real.long(),
                 position_ids=positions,
-                past_key_values=self.cache,
+                **{cache_argument(self.model): self.cache},
                 **options,
             )
         logits: torch.Tensor = output.logits

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 import kvedit as kv
 from kvedit.editors import Drop, Shift
 from kvedit.errors import ContextTooLong, InvalidArgument, UnsupportedModel
+from kvedit.models.cache_argument import cache_argument
 from kvedit.testing import CONTEXT, EDITOR_FAMILIES, tiny_model
 from kvedit.testing.tolerances import FP32_ORACLE, SHIFT_KEYS
 
@@ -24,7 +25,12 @@ def captured_at(found: Any, offset: int) -> list[tuple[torch.Tensor, torch.Tenso
     cache = DynamicCache()
     with torch.no_grad():
         positions = torch.arange(ids.shape[1])[None] + offset
-        found.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        found.model(
+            input_ids=ids,
+            position_ids=positions,
+            **{cache_argument(found.model): cache},
+            use_cache=True,
+        )
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 

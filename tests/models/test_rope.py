@@ -11,6 +11,7 @@ import kvedit as kv
 from kvedit.editors import Shift
 from kvedit.errors import ContextTooLong, UnsupportedModel
 from kvedit.models import inspect
+from kvedit.models.cache_argument import cache_argument
 from kvedit.models.rope import angles, rotate, shift, unrotate
 from kvedit.models.tiny import family_names, tiny_model
 
@@ -26,7 +27,7 @@ def _capture_at(model, ids, offset):
     cache = DynamicCache()
     at = torch.arange(offset, offset + len(ids))[None]
     with torch.no_grad():
-        model(ids[None], past_key_values=cache, position_ids=at)
+        model(ids[None], **{cache_argument(model): cache}, position_ids=at)
     return [layer.keys[0] for layer in cache.layers]
 
 

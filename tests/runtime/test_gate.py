@@ -28,9 +28,10 @@ def test_unsupported_architectures_are_refused_by_name(name):
         kv.capture(model, tokenizer, TEXT)
     message = str(caught.value)
     assert type(model).__name__ in message
+    # GPT-J came to the interface with transformers 5.24; its RoPE is a table, no frequencies.
     words = {
         "bloom": "interface",
-        "gptj": "interface",
+        "gptj": ("interface", "no rotation"),
         "mpt": "ALiBi",
         "deepseek_v3": "MLA",
         "mamba": "linear attention",
@@ -41,7 +42,8 @@ def test_unsupported_architectures_are_refused_by_name(name):
         "gemma4_text": "share",
         "t5": "encoder",
     }
-    assert words[name] in message
+    expected = words[name]
+    assert any(word in message for word in ([expected] if isinstance(expected, str) else expected))
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 

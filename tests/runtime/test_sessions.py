@@ -13,6 +13,7 @@ from kvedit.errors import (
     TemplateNotCuttable,
     UnsupportedModel,
 )
+from kvedit.models.cache_argument import cache_argument
 
 TEXT = "The refund window is 60 days. Shipping is free for members."
 CHAT = [{"role": "system", "content": TEXT}]
@@ -135,7 +136,7 @@ def test_raw_calls_with_the_session_cache(tiny):
         expected = session.forward(ids)
     at = torch.arange(start, start + 4)[None]
     with kv.attach(model, memory) as session, torch.no_grad():
-        raw = model(ids, past_key_values=session.cache, position_ids=at).logits
+        raw = model(ids, **{cache_argument(model): session.cache}, position_ids=at).logits
     assert torch.equal(raw, expected)
     with kv.attach(model, memory) as session:  # positional arguments, and a mask of new tokens
         with torch.no_grad():
@@ -145,7 +146,7 @@ def test_raw_calls_with_the_session_cache(tiny):
         slots = session.cache.get_seq_length()
         out = model.generate(
             ids,
-            past_key_values=session.cache,
+            **{cache_argument(model): session.cache},
             position_ids=at,
             do_sample=False,
             attention_mask=torch.ones(1, slots + 4, dtype=torch.int64),
@@ -159,31 +160,40 @@ def test_raw_calls_without_or_with_wrong_positions_are_refused(tiny):
     memory = Drop(span="Shipping")(kv.capture(model, tokenizer, TEXT))
     with kv.attach(model, memory) as session:
         with pytest.raises(InvalidArgument, match="pass position_ids"):
-            model(_ids(3), past_key_values=session.cache)
+            model(_ids(3), **{cache_argument(model): session.cache})
         with pytest.raises(InvalidArgument, match="must continue at position"):
-            model(_ids(3), past_key_values=session.cache, position_ids=torch.arange(3)[None])
+            model(
+                _ids(3),
+                **{cache_argument(model): session.cache},
+                position_ids=torch.arange(3)[None],
+            )
         with pytest.raises(InvalidArgument, match="must continue at position"):
             # transformers' default counts slots, which are fewer than positions here.
             slots = session.cache.get_seq_length()
             mask = torch.ones(1, slots + 3, dtype=torch.int64)
             model.generate(
-                _ids(3), past_key_values=session.cache, attention_mask=mask, max_new_tokens=2
+                _ids(3),
+                **{cache_argument(model): session.cache},
+                attention_mask=mask,
+                max_new_tokens=2,
             )
         with pytest.raises(InvalidArgument, match="2D attention_mask"):
             model(
                 _ids(3),
-                past_key_values=session.cache,
+                **{cache_argument(model): session.cache},
                 attention_mask=torch.ones(1, 1, 3, 3),
                 position_ids=torch.arange(3)[None],
             )
         with pytest.raises(InvalidArgument, match="rows"):
             model(
-                _ids(3, rows=2), past_key_values=session.cache, position_ids=torch.arange(3)[None]
+                _ids(3, rows=2),
+                **{cache_argument(model): session.cache},
+                position_ids=torch.arange(3)[None],
             )
         # After all these refusals the session still works.
         assert session.forward(_ids(3)).shape[1] == 3
     with pytest.raises(InvalidArgument, match="closed"):
-        model(_ids(1), past_key_values=session.cache, position_ids=torch.tensor([[99]]))
+        model(_ids(1), **{cache_argument(model): session.cache}, position_ids=torch.tensor([[99]]))
 
 
 def test_sessions_side_by_side_do_not_meet_and_leave_the_model_as_it_was(tiny):
@@ -430,7 +440,7 @@ def test_tokens_of_forward_and_raw_calls_are_part_of_the_session(tiny):
         start = int(session.cache.next_positions[0])
         at = torch.arange(start, start + ids.shape[1])[None]
         with torch.no_grad():
-            model(ids, past_key_values=session.cache, position_ids=at)
+            model(ids, **{cache_argument(model): session.cache}, position_ids=at)
         grown = session.memory()
     assert grown.source.text == spoken + " And then And then"
     again = kv.capture(model, None, grown.tokens)
@@ -447,7 +457,7 @@ def test_embeddings_make_slots_without_tokens(tiny):
     with kv.attach(model, memory, tokenizer) as session, torch.no_grad():
         model(
             inputs_embeds=model.get_input_embeddings()(ids),
-            past_key_values=session.cache,
+            **{cache_argument(model): session.cache},
             position_ids=torch.arange(start, start + 3)[None],
         )
         session.forward(ids)

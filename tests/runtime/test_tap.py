@@ -9,6 +9,7 @@ import kvedit as kv
 from kvedit.editors import Emphasize
 from kvedit.errors import InvalidArgument, ShapeMismatch, UnknownName, UnsupportedModel
 from kvedit.models import inspect
+from kvedit.models.cache_argument import cache_argument
 from kvedit.runtime import SITES
 
 TEXT = "The refund window is 60 days. Please keep the receipt."
@@ -88,10 +89,14 @@ def test_sites_in_a_session_know_positions(tiny):
 
     cache = DynamicCache()
     with torch.no_grad():
-        model(whole, past_key_values=cache)
+        model(whole, **{cache_argument(model): cache})
     with kv.tap(model, ("keys_pre",), [0]), torch.no_grad():
         with pytest.raises(UnsupportedModel, match="keep none"):
-            model(_ids(1), past_key_values=cache, position_ids=torch.tensor([[whole.shape[1]]]))
+            model(
+                _ids(1),
+                **{cache_argument(model): cache},
+                position_ids=torch.tensor([[whole.shape[1]]]),
+            )
 
 
 def test_group_mass_and_bias(tiny):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvedit.memory import KVMemory
+from kvedit.models.cache_argument import cache_argument
 from kvedit.runs.bench.pairs import Seconds, Timed, timed
 from kvedit.runs.bench.plan import PROMPT
 from kvedit.runtime import attach, capture
@@ -127,7 +128,8 @@ class Sides:
 
     def _forward(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         with torch.no_grad():
-            output = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            given = {cache_argument(self.model): cache}
+            output = self.model(ids, use_cache=True, logits_to_keep=1, **given)
         logits: torch.Tensor = output.logits
         return logits
 
