@@ -16,6 +16,7 @@ _LAZY = {
     "Span": "kvedit.memory",
     "Store": "kvedit.store",
     "attach": "kvedit.runtime",
+    "calibrate": "kvedit.runtime",
     "capture": "kvedit.runtime",
     "compare": "kvedit.memory",
     "compare_replay": "kvedit.editors.replaying",

@@ -15,6 +15,7 @@ __all__ = [
     "KVEditError",
     "MissingDependency",
     "MutatedMemory",
+    "NotCertified",
     "NotFound",
     "RaceLost",
     "ShapeMismatch",
@@ -69,6 +70,10 @@ class TemplateNotCuttable(KVEditError):
 
 class CorruptMemory(KVEditError):
     """Stored bytes are not the bytes that were put."""
+
+
+class NotCertified(KVEditError):
+    """A compiled edit does not do what it was asked to do, within the tolerances given."""
 
 
 class MutatedMemory(KVEditError):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -14,6 +15,7 @@ from kvedit.errors import InvalidArgument
 from kvedit.memory import KVMemory, Lineage, LineageNode, Span, SpanQuery
 from kvedit.memory.digest import canonical_json
 from kvedit.memory.lineage import environment
+from kvedit.memory.operand import operand_kind
 
 __all__ = ["Editor", "Reader", "SpanLike", "registered_name"]
 
@@ -26,9 +28,30 @@ class Reader(Protocol):
     """The runtime as an editor may use it: run tokens over a memory and get tensors back."""
 
     def read(
-        self, memory: KVMemory, tokens: torch.Tensor, sites: Iterable[str]
+        self, memory: KVMemory | None, tokens: torch.Tensor, sites: Iterable[str]
     ) -> dict[str, dict[int, torch.Tensor]]:
-        """Runs ``tokens`` ``[n]`` over ``memory`` and returns, per site and layer, its tensor."""
+        """Runs ``tokens`` ``[n]`` over ``memory``, or over nothing.
+
+        Returns:
+            Per site of :func:`kvedit.tap` and layer, its tensor, batch axis included.
+        """
+        ...
+
+    def reread(self, memory: KVMemory, bias: Mapping[int, torch.Tensor]) -> KVMemory:
+        """Reads a memory's tokens anew while its own tokens are biased, and keeps no bias.
+
+        Args:
+            memory: a memory with tokens, one slot each.
+            bias: layer to float32 ``[query_head, token]``, seen by every later token.
+        """
+        ...
+
+    def encode(self, text: str) -> torch.Tensor:
+        """Returns the token ids ``[n]`` of a text, without special tokens."""
+        ...
+
+    def ask(self, memory: KVMemory, prompt: str, max_new_tokens: int) -> str:
+        """Returns the greedy answer to a prompt over a memory."""
         ...
 
 
@@ -46,11 +69,17 @@ class Editor(ABC):
     reproducibility: ClassVar[Literal["pure", "reader", "trained"]] = "pure"
     """Whether a replay is bit-equal (pure), runs a model (reader) or trains."""
 
+    rewrites: ClassVar[bool] = False
+    """Whether keys or values change; a context that is read anew afterwards would lose that."""
+
+    operands: ClassVar[tuple[str, ...]] = ()
+    """Kinds of operands (:mod:`kvedit.memory.operand`) that follow the edited memory."""
+
     def __call__(self, *memories: KVMemory, reader: Reader | None = None) -> KVMemory:
         """Returns the edited memory, with this edit in its lineage.
 
         Args:
-            *memories: one memory for most editors.
+            *memories: one memory for most editors, then its operands.
             reader: the model, for editors that read with it.
 
         Raises:
@@ -71,10 +100,19 @@ class Editor(ABC):
         """Returns the edited memory; its lineage is added by the caller."""
 
     def check_inputs(self, memories: tuple[KVMemory, ...]) -> None:
-        """Raises InvalidArgument unless there is one memory; editors of several override this."""
-        if len(memories) != 1 or not isinstance(memories[0], KVMemory):
-            found = [type(memory).__name__ for memory in memories]
-            raise InvalidArgument(f"{type(self).__name__} edits one KVMemory, found {found}")
+        """Checks that there is one memory, and the operands that are needed.
+
+        Editors of several memories override this.
+
+        Raises:
+            InvalidArgument: if there are others.
+        """
+        found = [_kind(memory) for memory in memories]
+        if found != ["KVMemory", *self.operands]:
+            wanted = "".join(f", then an operand of kind {kind!r}" for kind in self.operands)
+            raise InvalidArgument(
+                f"{type(self).__name__} edits one KVMemory{wanted}, found {found}"
+            )
 
     def parameters(self) -> dict[str, Any]:
         """Returns the configuration as plain data: a replay can build the editor from it."""
@@ -94,10 +132,16 @@ class Editor(ABC):
         )
 
 
+def _kind(memory: Any) -> str:
+    if not isinstance(memory, KVMemory):
+        return type(memory).__name__
+    return operand_kind(memory) or "KVMemory"
+
+
 def registered_name(editor: type[Editor]) -> str:
     """Returns the name of an editor in configs and the registry: its class in snake case."""
-    name = editor.__name__
-    return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))
+    # A run of capitals is one word: LLMSteer is llm_steer.
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", editor.__name__).lower()
 
 
 def _plain(value: Any) -> Any:

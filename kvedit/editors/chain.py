@@ -44,13 +44,23 @@ class Chain(Editor):
         kinds = [part.reproducibility for part in self.editors]
         return max(kinds, key=order.index, default="pure")
 
+    @property
+    def rewrites(self) -> bool:  # type: ignore[override]
+        """Whether some part changes keys or values."""
+        return any(part.rewrites for part in self.editors)
+
+    @property
+    def operands(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Operands that some part needs, each kind once."""
+        return tuple(dict.fromkeys(kind for part in self.editors for kind in part.operands))
+
     def edit(self, *memories: KVMemory, reader: Reader | None = None) -> KVMemory:
         """Returns what the last editor makes."""
-        memory = memories[0]
+        memory, *others = memories
+        given = dict(zip(self.operands, others, strict=True))
         for part in self.editors:
-            if part.reproducibility == "reader" and reader is None:
-                raise InvalidArgument(f"{type(part).__name__} reads with the model: pass reader=")
-            memory = part.edit(memory, reader=reader)
+            # Called, not only its edit: each part sees in the lineage what was done before it.
+            memory = part(memory, *(given[kind] for kind in part.operands), reader=reader)
         return memory
 
 

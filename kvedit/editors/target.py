@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import Protocol
+from functools import reduce
+from operator import or_
+from typing import Any, Protocol
 
 import torch
 
 from kvedit.editors.base import SpanLike
 from kvedit.errors import InvalidArgument, SpanNotFound
 from kvedit.memory import KVMemory, Span, SpanQuery
+from kvedit.memory.heads import HeadSet, Kind
 
-__all__ = ["Targeted", "as_indices", "freeze_target", "head_mask", "held_span"]
+__all__ = [
+    "Targeted",
+    "as_heads",
+    "as_indices",
+    "as_number",
+    "as_spans",
+    "freeze_target",
+    "head_mask",
+    "held_span",
+    "held_union",
+]
 
 
 class Targeted(Protocol):
@@ -61,11 +75,65 @@ def held_span(memory: KVMemory, editor: Targeted) -> Span:
     span = memory.resolve(editor.span)
     chosen = memory.layer_indices(editor.layers)
     if not any(bool(span.mask(memory.layers[index]).any()) for index in chosen):
-        raise SpanNotFound(
-            f"none of the layers {chosen} holds a slot of the span {span.text!r} any more (it was "
-            "dropped, or lies before a window): the edit would do nothing"
-        )
+        raise SpanNotFound(_gone(chosen, span))
     return span
+
+
+def _gone(chosen: list[int], span: Span) -> str:
+    return (
+        f"none of the layers {chosen} holds a slot of the span {span.text!r} any more (it was "
+        "dropped, or lies before a window): the edit would do nothing"
+    )
+
+
+def as_spans(value: Any) -> tuple[SpanLike, ...]:
+    """Returns one span, or a list of them, as a tuple of spans.
+
+    Raises:
+        InvalidArgument: if one of them is no span, or there is none.
+    """
+    several = value if isinstance(value, list | tuple) else (value,)
+    if not several:
+        raise InvalidArgument("spans: expected at least one span, found none")
+    return tuple(map(SpanQuery.of, several))
+
+
+def held_union(memory: KVMemory, spans: Iterable[SpanLike], layers: Iterable[int]) -> Span:
+    """Returns the union of spans: a token that lies in several of them counts once.
+
+    Args:
+        memory: the memory.
+        spans: what to find.
+        layers: layers of which one at least must hold a slot of each span.
+
+    Raises:
+        SpanNotFound: if a span is not there, or no layer holds a slot of it any more.
+        InvalidArgument: if some count tokens and others slots.
+    """
+    chosen = [index for index in layers if index in memory.layers]
+    found = [memory.resolve(span) for span in spans]
+    for span in found:
+        if not any(bool(span.mask(memory.layers[index]).any()) for index in chosen):
+            raise SpanNotFound(_gone(chosen, span))
+    return reduce(or_, found)
+
+
+def as_heads(value: Any, kind: Kind = "query") -> HeadSet | None:
+    """Returns a head set, or None (all heads) for None; see :meth:`HeadSet.of`."""
+    return None if value is None else HeadSet.of(value, kind)
+
+
+def as_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """Returns a finite number between ``low`` and ``high``, both allowed.
+
+    Raises:
+        InvalidArgument: if it is something else.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        limits = f" from {low:g} to {high:g}" if low > -math.inf or high < math.inf else ""
+        raise InvalidArgument(f"{name}: expected a finite number{limits}, found {value!r}")
+    return float(value) + 0.0  # -0.0 would be equal and be written differently
 
 
 def as_indices(name: str, values: Iterable[int] | None) -> tuple[int, ...] | None:

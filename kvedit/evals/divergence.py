@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvedit.errors import InvalidArgument
+from kvedit.evals.bootstrap import mean_interval
 from kvedit.memory import KVMemory
 from kvedit.runtime.attaching import attach
 from kvedit.runtime.text import encode_turn
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Divergence", "ProbeResult", "divergence", "token_divergence"]
-
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -86,12 +85,12 @@ class Divergence:
     @property
     def kl_interval(self) -> tuple[float, float] | None:
         """95 % percentile-bootstrap interval of :attr:`kl` over prompts; None for one prompt."""
-        return _interval([probe.kl for probe in self.probes], self.seed)
+        return mean_interval([probe.kl for probe in self.probes], self.seed)
 
     @property
     def agreement_interval(self) -> tuple[float, float] | None:
         """95 % percentile-bootstrap interval of :attr:`agreement`; None for one prompt."""
-        return _interval([probe.agreement for probe in self.probes], self.seed)
+        return mean_interval([probe.agreement for probe in self.probes], self.seed)
 
     def to_json(self) -> dict[str, Any]:
         """Returns everything as plain data, with the summary."""
@@ -257,16 +256,6 @@ def _answered(
         replace(probe, flipped=a.tokens != b.tokens, answers=(a.text, b.text))
         for probe, a, b in zip(probes, *sides, strict=True)
     ]
-
-
-def _interval(values: Sequence[float], seed: int) -> tuple[float, float] | None:
-    if len(values) < 2:
-        return None
-    drawn = torch.Generator().manual_seed(seed)
-    index = torch.randint(len(values), (_RESAMPLES, len(values)), generator=drawn)
-    means = torch.tensor(values, dtype=torch.float64)[index].mean(dim=1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def _short(text: str) -> str:

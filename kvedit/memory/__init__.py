@@ -1,6 +1,7 @@
 """The noun: KVMemory and its parts. Knows neither transformers nor the store."""
 
 from kvedit.memory.compare import Comparison, compare
+from kvedit.memory.heads import HeadSet
 from kvedit.memory.layer import LayerKV
 from kvedit.memory.lineage import Lineage, LineageNode
 from kvedit.memory.memory import KVMemory, Servable
@@ -12,6 +13,7 @@ __all__ = [
     "ChatState",
     "Comparison",
     "Fingerprint",
+    "HeadSet",
     "KVMemory",
     "LayerKV",
     "LayerSpec",

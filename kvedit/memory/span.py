@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvedit.memory.layer import LayerKV
     from kvedit.memory.memory import KVMemory
 
-__all__ = ["Span", "SpanQuery"]
+__all__ = ["Span", "SpanQuery", "sentence_ranges"]
 
 # A point within a number or name ("18.50", "example.org") ends no sentence; an abbreviation's does.
 _SENTENCE = re.compile(r"\S(?:[^.!?\n]|[.!?]+(?!\s|$))*[.!?]*")
@@ -228,6 +228,11 @@ class SpanQuery:
         if wanted > len(found):
             raise SpanNotFound(f"{self.describe()}: only {len(found)} matches")
         return [found[wanted - 1]]
+
+
+def sentence_ranges(text: str) -> list[tuple[int, int]]:
+    """Returns the character range of every sentence of a text, as ``sentence=`` queries cut it."""
+    return [match.span() for match in _SENTENCE.finditer(text)]
 
 
 def _merged(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -13,7 +13,15 @@ from einops import rearrange
 
 from kvedit.errors import UnsupportedModel
 
-__all__ = ["BACKENDS", "AttentionCall", "MaskRule", "Observer", "Output", "without_bias"]
+__all__ = [
+    "BACKENDS",
+    "Adjustment",
+    "AttentionCall",
+    "MaskRule",
+    "Observer",
+    "Output",
+    "without_bias",
+]
 
 # Our names for the backends. Flash gets a name without "flash", since transformers derives masks
 # and padding from that word, and the marked path hands its kernel no mask at all.
@@ -71,6 +79,27 @@ class MaskRule:
         return ALL_MASK_ATTENTION_FUNCTIONS[BACKENDS[backend]](**self.arguments)
 
 
+class Adjustment(Protocol):
+    """What changes logits by more than a static bias; logits are then computed explicitly."""
+
+    def products(self, scores: torch.Tensor) -> torch.Tensor:
+        """Returns scaled query-key products, as they go into softcap, masks and bias.
+
+        Args:
+            scores: ``[batch, query_head, query, slot]``.
+        """
+        ...
+
+    def logits(self, scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+        """Returns logits as they go into the softmax.
+
+        Args:
+            scores: ``[batch, query_head, query, slot]``; -inf where a slot is not seen.
+            sinks: ``[query_head]`` logits of the layer's sinks, or None.
+        """
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
     """One layer's attention, about to be computed.
@@ -88,6 +117,7 @@ class AttentionCall:
         options: whatever else the model passed.
         bias: float ``[batch or 1, query_head, 1, slot]`` not yet in ``mask``, for backends that
             take it by other means; else None.
+        adjust: run-time rules; attention is then computed explicitly, whatever the backend.
     """
 
     module: torch.nn.Module
@@ -100,6 +130,7 @@ class AttentionCall:
     scaling: float | None
     options: dict[str, Any] = field(default_factory=dict)
     bias: torch.Tensor | None = None
+    adjust: Adjustment | None = None
 
     @property
     def layer(self) -> int:

@@ -24,12 +24,13 @@ import torch
 
 from kvedit.errors import UnsupportedModel
 from kvedit.models.attention_call import BACKENDS, AttentionCall, MaskRule, Observer, Output
+from kvedit.models.explicit import run_explicit
 from kvedit.models.extension import run_extended
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["MARK", "acquire", "observing", "plain_name", "release", "routed"]
+__all__ = ["MARK", "acquire", "observed", "observing", "plain_name", "release", "routed"]
 
 MARK = "_kvedit_cache"
 """Attribute by which a key tensor names the cache that returned it."""
@@ -49,6 +50,11 @@ def observing(observer: Observer) -> Iterator[None]:
         yield
     finally:
         _observers.reset(token)
+
+
+def observed() -> bool:
+    """Whether someone sees the attention calls that are made now."""
+    return bool(_observers.get())
 
 
 def plain_name(model: PreTrainedModel) -> str:
@@ -146,6 +152,8 @@ def _attention(
 
 
 def _run(call: AttentionCall) -> Output:
+    if call.adjust is not None:
+        return run_explicit(call)
     return call.run() if call.bias is None else run_extended(call)
 
 

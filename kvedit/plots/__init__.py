@@ -1,8 +1,10 @@
 """Plots: functions that return a matplotlib Figure and never show it."""
 
+from kvedit.plots.atlas import head_atlas
 from kvedit.plots.attention import received, token_labels
 from kvedit.plots.differences import comparison
+from kvedit.plots.frontier import frontier
 from kvedit.plots.grid import heatmap
 from kvedit.plots.sizes import norms
 
-__all__ = ["comparison", "heatmap", "norms", "received", "token_labels"]
+__all__ = ["comparison", "frontier", "head_atlas", "heatmap", "norms", "received", "token_labels"]

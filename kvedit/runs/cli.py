@@ -15,6 +15,7 @@ from kvedit.errors import KVEditError
 from kvedit.runs.verbs.ask import ASK, SCORE
 from kvedit.runs.verbs.base import Verb, to_json
 from kvedit.runs.verbs.bench import BENCH
+from kvedit.runs.verbs.calibrate import CALIBRATE
 from kvedit.runs.verbs.capture import CAPTURE
 from kvedit.runs.verbs.carry import EXPORT, IMPORT
 from kvedit.runs.verbs.diff import DIFF
@@ -24,6 +25,7 @@ from kvedit.runs.verbs.editors import EDITORS
 from kvedit.runs.verbs.family import ANCESTORS, DESCENDANTS
 from kvedit.runs.verbs.look import LOG, LS, RM, SHOW
 from kvedit.runs.verbs.names import ANNOTATE, BRANCH, PIN, ROLLBACK, TAG, UNPIN
+from kvedit.runs.verbs.profile import PROFILE
 from kvedit.runs.verbs.remote import EVICT, PULL, PUSH, SYNC
 from kvedit.runs.verbs.replay import REPLAY
 from kvedit.runs.verbs.upkeep import DU, FSCK, GC, STATS
@@ -33,6 +35,7 @@ __all__ = ["VERBS", "build_parser", "main"]
 VERBS: tuple[Verb, ...] = (
     CAPTURE,
     EDIT,
+    CALIBRATE,
     ASK,
     SCORE,
     LS,
@@ -60,6 +63,7 @@ VERBS: tuple[Verb, ...] = (
     DU,
     STATS,
     EDITORS,
+    PROFILE,
     BENCH,
     DOCTOR,
 )

@@ -147,7 +147,8 @@ class _Run:
         context, options = self.plan.context, config["capture"]
         memory = step("capture", lambda: steps.capture(loaded, context, **options), _size)
         # Before any question is asked: a span that isn't there is found out early.
-        edited = step("edit", lambda: steps.edit(loaded, memory, self.plan.editor), _size)
+        others = steps.operands(loaded, self.plan.editor, config["store"]["path"], self.say)
+        edited = step("edit", lambda: steps.edit(loaded, memory, self.plan.editor, others), _size)
         before = step("ask", lambda: self.side(loaded, memory), _likelihood)
         lossless = step(
             "check", lambda: steps.lossless(loaded, memory, question.text), _one("difference")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +35,7 @@ __all__ = [
     "likelihood",
     "load_model",
     "lossless",
+    "operands",
     "prefill",
     "read_document",
 ]
@@ -182,13 +183,29 @@ def capture(
     return memory
 
 
-def edit(loaded: Loaded, memory: KVMemory, editor: Any) -> KVMemory:
-    """Returns the edited memory; editors that read get the model."""
+def edit(
+    loaded: Loaded, memory: KVMemory, editor: Any, operands: Sequence[KVMemory] = ()
+) -> KVMemory:
+    """Returns the edited memory; editors that read get the model, others what they compute with."""
     from kvedit.runtime import ModelReader
 
     reads = editor.reproducibility == "reader" or getattr(editor, "reads", False)
-    edited: KVMemory = editor(memory, reader=ModelReader(loaded.model) if reads else None)
+    reader = ModelReader(loaded.model, loaded.tokenizer) if reads else None
+    edited: KVMemory = editor(memory, *operands, reader=reader)
     return edited
+
+
+def operands(
+    loaded: Loaded, editor: Any, path: str, say: Callable[[str], None]
+) -> list[KVMemory]:
+    """Returns an editor's operands from the store at ``path``, made once where it lacks them."""
+    if not editor.operands:
+        return []
+    from kvedit.runs.operands import supply
+    from kvedit.store import Store
+
+    with Store(path) as store:
+        return supply(editor, store, loaded.model, loaded.tokenizer, say)
 
 
 def first_logits(loaded: Loaded, memory: KVMemory, question: str) -> torch.Tensor:

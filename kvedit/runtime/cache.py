@@ -2,8 +2,8 @@
 
 It is passed as ``cache`` (``past_key_values`` before transformers 5.24). Per forward pass it is
 told the positions of the new tokens (:meth:`MemoryCache.begin`), and it completes every attention
-call with the layer's own mask and bias. All of that lives here and not on the model, so sessions
-on one model don't meet.
+call with the layer's own mask, bias and rules. All of that lives here and not on the model, so
+sessions on one model don't meet.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from kvedit.errors import ContextTooLong, InvalidArgument, UnsupportedModel
 from kvedit.memory import KVMemory, ModelSpec
 from kvedit.models.attention_call import AttentionCall, MaskRule
 from kvedit.models.route import MARK
-from kvedit.runtime.finish import finish
 from kvedit.runtime.limits import check_switch
 from kvedit.runtime.slots import LayerSlots
+from kvedit.runtime.steered import Steered
 
 __all__ = ["MemoryCache"]
 
@@ -32,6 +32,9 @@ class MemoryCache(Cache):
         spec: the live model's facts.
         memories: one per row; None for a row that starts empty.
         limit: positions at which to stop, or None for no limit.
+
+    Attributes:
+        steered: bias and rules of the rows.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class MemoryCache(Cache):
         self._awaiting: int | None = None
         self._masks: dict[tuple[int, int, bool], Any] = {}
         self._layouts = _group_layouts(layers)
+        self.steered = Steered(spec, memories, layers)
 
     @property
     def rows(self) -> int:
@@ -148,7 +152,14 @@ class MemoryCache(Cache):
         )
 
     def complete(self, call: AttentionCall) -> AttentionCall:
-        """Returns the call with this layer's mask and bias in the form that its backend takes."""
+        """Returns the call with this layer's mask, bias and rules.
+
+        Without rules they have the form that its backend takes.
+
+        Raises:
+            UnsupportedModel: if the model brings a mask of its own making, or the backend can't
+                carry this one.
+        """
         slots = self.layers[call.layer]
         self._awaiting = None
         if not isinstance(call.mask, MaskRule):
@@ -156,8 +167,7 @@ class MemoryCache(Cache):
                 f"layer {call.layer} got a mask that transformers' mask interface did not make"
             )
         mask, causal = self._mask(call.layer, slots, call.mask, call.query.shape[2])
-        bias = slots.bias_at(call.query)
-        return finish(call, mask, causal, bias)
+        return self.steered.complete(call, slots, mask, causal)
 
     def end(self) -> None:
         """Ends the forward pass that :meth:`begin` announced.
@@ -241,6 +251,7 @@ class MemoryCache(Cache):
         self.ids = self.ids[rows.to(self.ids.device)]
         self.next_positions = self.next_positions[rows.to(self.next_positions.device)]
         self._masks = {}
+        self.steered.select_rows(rows)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders rows for beam search."""

@@ -136,8 +136,8 @@ def _capture_batch(
         valid[row, : len(source)] = True
     with open_session(model, found, [None] * len(sources), None, strict=True) as session:
         session.cache.reserve(longest)
-        for start in range(0, longest, _chunk(found, longest, chunk)):
-            stop = start + _chunk(found, longest, chunk)
+        for start in range(0, longest, piece_size(found, longest, chunk)):
+            stop = start + piece_size(found, longest, chunk)
             session.forward(ids[:, start:stop], valid[:, start:stop], keep=1)
         return [
             _memory(session, row, source, kept, window, parameters, chunk)
@@ -145,7 +145,8 @@ def _capture_batch(
         ]
 
 
-def _chunk(found: Inspection, tokens: int, chunk: int) -> int:
+def piece_size(found: Inspection, tokens: int, chunk: int) -> int:
+    """Returns how many of ``tokens`` may pass the model at once, ``chunk`` at most if it can be."""
     # Types that change frequencies with length need one pass once the change lies in the context.
     switches = [spec.rope.switch for spec in found.spec.layers if spec.rope and spec.rope.switch]
     return tokens if any(tokens > switch for switch in switches) else chunk

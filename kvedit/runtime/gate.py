@@ -6,13 +6,12 @@ import dataclasses
 
 import torch
 
-from kvedit.errors import IncompatibleModel, InvalidArgument, UnsupportedModel
+from kvedit.errors import IncompatibleModel, InvalidArgument
 from kvedit.memory import KVMemory, LayerSpec, ModelSpec
+from kvedit.memory.rules import read_rules
+from kvedit.runtime.ruling import check_rules
 
 __all__ = ["admit"]
-
-KNOWN_RULES: tuple[str, ...] = ()
-"""Names of the run-time rules that this version can apply."""
 
 
 def admit(memory: KVMemory, spec: ModelSpec, dtype: torch.dtype, strict: bool = True) -> None:
@@ -26,18 +25,13 @@ def admit(memory: KVMemory, spec: ModelSpec, dtype: torch.dtype, strict: bool = 
 
     Raises:
         IncompatibleModel: with both values of everything that differs.
-        InvalidArgument: if layers are missing.
-        UnsupportedModel: if the memory has a rule that this version does not know.
+        InvalidArgument: if layers are missing, or a rule names a head or layer that is not there.
+        UnsupportedModel: if the memory has a rule that this version does not know, or is an
+            operand of editors.
         MutatedMemory: if its tensors were changed in place.
     """
     memory.check_unmodified()
-    for rule in memory.rules:
-        name = rule.get("rule") if isinstance(rule, dict) else rule
-        if name not in KNOWN_RULES:
-            raise UnsupportedModel(
-                f"the memory has the run-time rule {name!r}; this version of kvedit knows "
-                f"{', '.join(KNOWN_RULES) or 'none'} and applies no memory without its rules"
-            )
+    rules = read_rules(memory.rules)
     if not memory.complete:
         raise InvalidArgument(
             f"the memory has layers {list(memory.layers)} of {len(memory.model.layers)}; only a "
@@ -53,6 +47,7 @@ def admit(memory: KVMemory, spec: ModelSpec, dtype: torch.dtype, strict: bool = 
             + "; ".join(reasons)
             + hint
         )
+    check_rules(rules, spec)
 
 
 def _shape_reasons(made: ModelSpec, live: ModelSpec) -> list[str]:

@@ -13,6 +13,7 @@ from kvedit.errors import InvalidArgument
 from kvedit.models.cache_argument import is_given
 from kvedit.models.route import routed
 from kvedit.runtime.cache import MemoryCache
+from kvedit.runtime.gating import pass_gate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +24,9 @@ __all__ = ["announcing"]
 @contextmanager
 def announcing(model: PreTrainedModel, cache: MemoryCache) -> Iterator[None]:
     """Routes the model, and tells ``cache`` of every forward pass that is given it.
+
+    Where the cache's rows have a gate, the pass itself is the unsteered one, and the gate's trials
+    follow it.
 
     Positions must be explicit; the 2D attention mask is taken for the new tokens and kept from
     the model, since each layer's mask is the cache's to make.
@@ -35,13 +39,19 @@ def announcing(model: PreTrainedModel, cache: MemoryCache) -> Iterator[None]:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if not is_given(cache, given):
             return None
+        if cache.steered.gated and not cache.steered.trying:
+            cache.steered.trial([None] * cache.rows)
         _announce(cache, given)
         given.update(attention_mask=None, use_cache=True)
         return (), given
 
-    def after(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if is_given(cache, kwargs):
-            cache.end()
+    def after(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if not is_given(cache, kwargs):
+            return None
+        cache.end()
+        if not cache.steered.gated or cache.steered.trying:
+            return None
+        return pass_gate(model, cache, kwargs, output)
 
     with routed(model):
         handles = (

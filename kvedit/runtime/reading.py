@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from kvedit.memory import KVMemory
-from kvedit.runtime.attaching import attach
+from kvedit.axes import expect_axes
+from kvedit.errors import IncompatibleModel, InvalidArgument
+from kvedit.memory import KVMemory, Source
+from kvedit.models.inspection import inspect
+from kvedit.runtime.attaching import open_session
+from kvedit.runtime.capturing import piece_size
+from kvedit.runtime.grown import row_layers
+from kvedit.runtime.oneshot import generate
 from kvedit.runtime.tapping import tap
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["ModelReader"]
+
+_PIECE = 1024
+"""Tokens of a context that are read at once under bias, whose mask grows with their square."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,21 +33,99 @@ class ModelReader:
 
     Args:
         model: the model that made the memories.
+        tokenizer: its tokenizer; needed by editors that bring texts or questions of their own.
     """
 
     model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def read(
-        self, memory: KVMemory, tokens: torch.Tensor, sites: Iterable[str]
+        self, memory: KVMemory | None, tokens: torch.Tensor, sites: Iterable[str]
     ) -> dict[str, dict[int, torch.Tensor]]:
         """Returns the tensors, by site and layer, of one pass of ``tokens`` over ``memory``.
 
         Args:
-            memory: the memory; it does not change.
+            memory: the memory; it does not change. None reads the tokens from nothing.
             tokens: ``[query]`` token ids.
             sites: names of :data:`~kvedit.runtime.tapping.SITES`.
         """
         names = list(sites)
-        with attach(self.model, memory) as session, tap(self.model, names) as tapped:
+        found = inspect(self.model, self.tokenizer)
+        with (
+            open_session(self.model, found, [memory], None, strict=True) as session,
+            tap(self.model, names) as tapped,
+        ):
             session.forward(tokens[None], keep=1)
         return {site: {layer: tapped[site, layer] for layer in tapped.layers} for site in names}
+
+    def reread(self, memory: KVMemory, bias: Mapping[int, torch.Tensor]) -> KVMemory:
+        """Returns the memory as it is when its tokens read each other under bias.
+
+        Every token sees the biased ones before it, and itself, with the bias added to the logit.
+        The result holds no bias and no rules: what was steered is in its keys and values.
+
+        Args:
+            memory: a captured memory: every layer holds one slot per token, at its position.
+            bias: layer to float32 ``[query_head, token]``; layers that are left out have none.
+
+        Raises:
+            InvalidArgument: if slots were dropped, moved or made by no token.
+            IncompatibleModel: if another model made the memory.
+        """
+        source = _natural_source(memory)
+        found = inspect(self.model, self.tokenizer)
+        different = memory.model.fingerprint.differences(found.spec.fingerprint)
+        if different:
+            raise IncompatibleModel(
+                f"this memory of {memory.model.name} was made by another model than "
+                f"{found.spec.name}: {', '.join(different)} differ; it can only be read anew by "
+                "the model that made it"
+            )
+        with open_session(self.model, found, [None], None, strict=True) as session:
+            for index, coming in bias.items():
+                heads = found.spec.layers[index].query_heads
+                expect_axes(
+                    f"layer {index} bias", coming, "query_head token",
+                    query_head=heads, token=len(source),
+                )  # fmt: skip
+                session.cache.layers[index].coming = coming
+            session.cache.reserve(len(source))
+            size = piece_size(found, len(source), _PIECE)
+            for start in range(0, len(source), size):
+                session.forward(source.tokens[None, start : start + size], keep=1)
+            layers = row_layers(session, 0, source, final=True)
+        kept = {index: replace(layer, bias=None) for index, layer in layers.items()}
+        return replace(memory, layers={index: kept[index] for index in memory.layers}, rules=())
+
+    def encode(self, text: str) -> torch.Tensor:
+        """Returns the token ids ``[n]`` of a text, without special tokens.
+
+        Raises:
+            InvalidArgument: without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise InvalidArgument("this editor brings a text: make ModelReader(model, tokenizer)")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def ask(self, memory: KVMemory, prompt: str, max_new_tokens: int) -> str:
+        """Returns the greedy answer to a prompt over a memory."""
+        if self.tokenizer is None:
+            raise InvalidArgument("this editor asks a question: make ModelReader(model, tokenizer)")
+        reply: str = generate(
+            self.model, self.tokenizer, memory, prompt, max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )  # fmt: skip
+        return reply
+
+
+def _natural_source(memory: KVMemory) -> Source:
+    """Returns the source of a memory that holds one slot per token at its own position."""
+    natural = torch.arange(memory.tokens_count)
+    parts = [p.cpu() for layer in memory.layers.values() for p in (layer.source, layer.positions)]
+    if memory.source is None or not all(torch.equal(part, natural) for part in parts):
+        raise InvalidArgument(
+            "some layer does not hold one slot per token at its own position: only a captured "
+            "memory can be read anew"
+        )
+    return memory.source

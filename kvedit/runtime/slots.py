@@ -26,6 +26,10 @@ class LayerSlots(CacheLayerMixin):
     Args:
         spec: facts of the layer.
         memories: each row's slots, or None for a row without a memory.
+
+    Attributes:
+        coming: bias ``[query_head, token]`` of new tokens in the order in which they come, for
+            contexts that read themselves under bias; None for none.
     """
 
     is_sliding = False
@@ -49,6 +53,7 @@ class LayerSlots(CacheLayerMixin):
                 valid[row, : layer.slots] = True
         self.valid: torch.Tensor | None = None if bool(valid.all()) else valid
         self.bias = _padded_bias(spec, memories, self.held)
+        self.coming: torch.Tensor | None = None
         self.fed = 0
         self._room = 0
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -129,21 +134,51 @@ class LayerSlots(CacheLayerMixin):
         keys, values = self._stored
         return keys[:, :, : self.length], values[:, :, : self.length]
 
-    def bias_at(self, like: torch.Tensor) -> torch.Tensor | None:
-        """Returns the bias ``[batch or 1, query_head, slot]`` over all slots, zero for new tokens.
+    def biased(self, row: int) -> bool:
+        """Whether a row's memory has a static bias that is not zero."""
+        if self.bias is None:
+            return False
+        return bool(self.bias[row if self.bias.shape[0] > 1 else 0].any())
+
+    def recent(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns keys and values of the last ``tokens`` new tokens, as views."""
+        keys, values = self.states()
+        return keys[:, :, -tokens:], values[:, :, -tokens:]
+
+    def bias_at(
+        self, like: torch.Tensor, active: Sequence[bool] | None = None
+    ) -> torch.Tensor | None:
+        """Returns the bias ``[batch or 1, query_head, slot]`` over all slots.
+
+        It is zero for new tokens, unless ``coming`` holds theirs.
 
         Args:
             like: a tensor with the wanted dtype and device.
+            active: whether a row's bias acts, for each row; None means that all do.
         """
-        if self.bias is None:
+        if self.bias is None and self.coming is None:
+            return None
+        if active is not None and not any(active):
             return None
         kept = self._bias_buffer
         if kept is None or kept.shape[2] < self.length or kept.dtype != like.dtype:
-            room = max(self.length + _SPARE, self.length * 3 // 2)
-            kept = like.new_zeros(self.bias.shape[0], self.bias.shape[1], room)
-            kept[:, :, : self.held] = self.bias.to(kept)
-            self._bias_buffer = kept
-        return kept[:, :, : self.length]
+            kept = self._bias_buffer = self._laid_out(like)
+        bias = kept[:, :, : self.length]
+        if active is None or all(active):
+            return bias
+        silent = ~torch.tensor(active, device=bias.device)
+        return bias.masked_fill(silent[:, None, None], 0)
+
+    def _laid_out(self, like: torch.Tensor) -> torch.Tensor:
+        coming = 0 if self.coming is None else self.coming.shape[1]
+        room = max(self.length + _SPARE, self.length * 3 // 2, self.held + coming)
+        rows = 1 if self.bias is None else self.bias.shape[0]
+        laid = like.new_zeros(rows, self.spec.query_heads, room)
+        if self.bias is not None:
+            laid[:, :, : self.held] = self.bias.to(laid)
+        if self.coming is not None:
+            laid[:, :, self.held : self.held + coming] = self.coming.to(laid)
+        return laid
 
     def drop_last(self, tokens: int) -> None:
         """Forgets the last ``tokens`` new tokens."""

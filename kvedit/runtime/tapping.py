@@ -13,10 +13,10 @@ from einops import rearrange
 from kvedit.errors import InvalidArgument, ShapeMismatch, UnknownName
 from kvedit.memory import Span
 from kvedit.models.attention_call import AttentionCall, Output
+from kvedit.models.explicit import attention_scores, attention_weights, weighted_values
 from kvedit.models.inspection import Inspection, inspect
 from kvedit.models.rope import unrotate
 from kvedit.models.route import MARK, observing, routed
-from kvedit.runtime.explicit import attention_scores, attention_weights, weighted_values
 from kvedit.runtime.places import Places, hidden_hooks
 
 if TYPE_CHECKING:

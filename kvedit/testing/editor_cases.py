@@ -40,8 +40,9 @@ class EditorCase:
         parameters: plain data, as a config file would hold it.
         slots: whether some layer ends up with other slots than before.
         identity: whether the edit changes nothing.
+        rules: whether the edit acts through run-time rules and leaves the layers as they are.
         oracle: whether a recomputation under a changed mask gives the same logits. An edit
-            that moves or rewrites keys or values needs an oracle of its own.
+            that moves or rewrites keys or values needs an oracle of its own, and so does a rule.
         learned: whether it works for models with learned absolute positions.
     """
 
@@ -50,6 +51,7 @@ class EditorCase:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     slots: bool = False
     identity: bool = False
+    rules: bool = False
     oracle: bool = True
     learned: bool = True
 
@@ -59,9 +61,20 @@ class EditorCase:
 
         return build(self.editor, **self.parameters)
 
+    def apply(self, memory: Any, model: Any, tokenizer: Any) -> Any:
+        """Returns ``memory`` after the edit, with operands and reader where it asks for them.
+
+        Operands come from :data:`~kvedit.testing.operands.OPERAND_MAKERS`.
+        """
+        from kvedit.testing.operands import apply_editor
+
+        return apply_editor(self.build(), memory, model, tokenizer)
+
 
 _NEAR = {"tokens": [-6, -2]}
 _SENTENCE = {"sentence": "That is"}
+_SPANS = [_SENTENCE, {"text": "you would"}, _NEAR]
+_SEVERAL_HEADS = {"0": [1, 2], "2": [0, 3]}
 _PARTS = [
     {"editor": "emphasize", "span": "you would", "strength": 1.5, "kv_heads": [1]},
     {"editor": "drop", "span": _NEAR, "layers": [0, -1]},
@@ -69,6 +82,56 @@ _PARTS = [
 ]
 
 EDITOR_CASES: tuple[EditorCase, ...] = (
+    EditorCase(
+        "ada-seka", "ada_seka", {"spans": "you would", "question": " and who?"}, oracle=False
+    ),
+    EditorCase(
+        "ada-seka-top",
+        "ada_seka",
+        {"spans": [_NEAR, "That"], "question": "wait", "gain": -2.0, "top": 5, "layers": [-1]},
+        oracle=False,
+    ),
+    EditorCase(
+        "ada-seka-zero",
+        "ada_seka",
+        {"spans": [_SENTENCE], "question": "wait", "gain": 0.0},
+        identity=True,
+    ),
+    EditorCase(
+        "auto-pasta",
+        "auto_pasta",
+        {"question": "How long?", "closeness": 0.01, "max_new_tokens": 6, "phase": "decode"},
+    ),
+    EditorCase(
+        "auto-pasta-heads",
+        "auto_pasta",
+        {
+            "question": "What is in the box?",
+            "alpha": 0.2,
+            "heads": _SEVERAL_HEADS,
+            "reference": "all_others",
+            "sentences": 2,
+            "closeness": 0.01,
+            "max_new_tokens": 9,
+            "phase": "both",
+        },
+        oracle=False,
+    ),
+    EditorCase("boost", "boost", {"spans": ["That is"], "multiplier": 7.0, "phase": "decode"}),
+    EditorCase(
+        "boost-layers",
+        "boost",
+        {"spans": _SPANS, "multiplier": 3, "layers": [0, -1], "phase": "decode"},
+    ),
+    EditorCase(
+        "boost-baked", "boost", {"spans": _SPANS, "multiplier": 9.0, "phase": "both"}, oracle=False
+    ),
+    EditorCase(
+        "boost-one",
+        "boost",
+        {"spans": [_NEAR], "multiplier": 1.0, "phase": "decode"},
+        identity=True,
+    ),
     EditorCase("chain-empty", "chain", identity=True),
     EditorCase("chain-of-three", "chain", {"editors": _PARTS}, slots=True),
     EditorCase(
@@ -79,10 +142,45 @@ EDITOR_CASES: tuple[EditorCase, ...] = (
         oracle=False,
         learned=False,
     ),
+    EditorCase(
+        "chain-compile",
+        "chain",
+        {
+            "editors": [
+                {"editor": "emphasize", "span": "That is", "strength": 2.0},
+                {"editor": "compile", "mean_tolerance": 1e3, "spread_tolerance": 1e3},
+            ]
+        },
+        oracle=False,
+    ),
+    EditorCase("compile-without-bias", "compile", identity=True),
+    EditorCase(
+        "compile-options-without-bias",
+        "compile",
+        {"fit": "slot", "horizon": 64, "on_fail": "refuse", "storage": "int8"},
+        identity=True,
+    ),
+    EditorCase("directer", "directer", {"spans": ["That is"]}, rules=True, oracle=False),
+    EditorCase(
+        "directer-layers",
+        "directer",
+        {"spans": _SPANS, "factor": 3.0, "beta": 0.1, "layers": [-1, 0]},
+        rules=True,
+        oracle=False,
+    ),
     EditorCase("drop", "drop", {"span": _NEAR}, slots=True),
     EditorCase("drop-ragged", "drop", {"span": _SENTENCE, "layers": [1, -1]}, slots=True),
     EditorCase("drop-query-heads", "drop", {"span": _NEAR, "heads": [0, -1]}),
     EditorCase("drop-kv-head", "drop", {"span": _NEAR, "layers": [-1], "kv_heads": [1]}),
+    EditorCase("duplicate", "duplicate", {"spans": [_NEAR], "times": 3}, slots=True, oracle=False),
+    EditorCase(
+        "duplicate-ragged",
+        "duplicate",
+        {"spans": _SPANS, "times": 2, "layers": [1, -1]},
+        slots=True,
+        oracle=False,
+    ),
+    EditorCase("duplicate-once", "duplicate", {"spans": [_NEAR], "times": 1}, identity=True),
     EditorCase("emphasize", "emphasize", {"span": "That is", "strength": 2.3}),
     EditorCase(
         "emphasize-pasta",
@@ -95,11 +193,102 @@ EDITOR_CASES: tuple[EditorCase, ...] = (
         {"span": _SENTENCE, "strength": 3.0, "kv_heads": [0], "reference": "rest_of_memory"},
     ),
     EditorCase("emphasize-zero", "emphasize", {"span": _NEAR, "strength": 0.0}, identity=True),
+    EditorCase("gate", "gate", {}, rules=True, oracle=False),
+    EditorCase(
+        "gate-layers", "gate", {"beta": 0.3, "layers": [-1, 0, 1]}, rules=True, oracle=False
+    ),
     EditorCase("keep", "keep", {"span": {"tokens": [-9, -1]}}, slots=True),
     EditorCase("keep-ragged", "keep", {"span": _NEAR, "layers": [-1]}, slots=True),
     EditorCase("keep-kv-head", "keep", {"span": _SENTENCE, "kv_heads": [1]}),
+    EditorCase("llm-steer", "llm_steer", {"alpha": 8.0, "fraction": 0.5, "apply": "bias"}),
+    EditorCase(
+        "llm-steer-baked",
+        "llm_steer",
+        {
+            "alpha": 20,
+            "k": 9,
+            "heads": {"heads": {"0": [1], "1": [0], "2": [0, 1]}, "kind": "kv"},
+            "prefixes": ["Read this.", "What follows matters:", "Once more:"],
+            "combine": "or",
+            "drop_sink": False,
+            "drop_punctuation": False,
+            "apply": "both",
+        },
+        oracle=False,
+    ),
+    EditorCase("pasta", "pasta", {"spans": ["That is"], "phase": "decode"}),
+    EditorCase(
+        "pasta-several",
+        "pasta",
+        {
+            "spans": _SPANS,
+            "alpha": 0.05,
+            "heads": _SEVERAL_HEADS,
+            "reference": "all_others",
+            "phase": "decode",
+        },
+    ),
+    EditorCase(
+        "pasta-baked",
+        "pasta",
+        {"spans": _SPANS, "heads": {"heads": [[0, [1]], [1, [0]]], "kind": "kv"}, "phase": "both"},
+        oracle=False,
+    ),
+    EditorCase(
+        "pasta-one", "pasta", {"spans": _SPANS, "alpha": 1.0, "phase": "decode"}, identity=True
+    ),
+    EditorCase("scale-keys", "scale_keys", {"spans": [_NEAR], "factor": 2.0}, oracle=False),
+    EditorCase(
+        "scale-keys-heads",
+        "scale_keys",
+        {"spans": _SPANS, "factor": -0.5, "kv_heads": {"0": [1], "2": [0]}},
+        oracle=False,
+    ),
+    EditorCase("scale-values", "scale_values", {"spans": [_NEAR], "factor": 3.0}, oracle=False),
+    EditorCase(
+        "scale-values-heads",
+        "scale_values",
+        {"spans": _SPANS, "factor": 0.0, "kv_heads": {"1": [0, 1]}},
+        oracle=False,
+    ),
+    EditorCase("scale-values-one", "scale_values", {"spans": [_NEAR], "factor": 1}, identity=True),
+    EditorCase("seka", "seka", {"spans": "you would"}, oracle=False),
+    EditorCase(
+        "seka-positive",
+        "seka",
+        {
+            "spans": [_NEAR, _SENTENCE],
+            "gain_positive": 1.5,
+            "gain_negative": None,
+            "layers": [-1],
+            "min_difference": 0.01,
+        },
+        oracle=False,
+    ),
+    EditorCase(
+        "seka-zero",
+        "seka",
+        {"spans": [_NEAR], "gain_positive": 0.0, "gain_negative": 0.0},
+        identity=True,
+    ),
     EditorCase("shift-zero", "shift", {"offset": 0}, identity=True),
     EditorCase("shift", "shift", {"offset": 37}, oracle=False, learned=False),
+    EditorCase(
+        "spot-light", "spot_light", {"spans": ["That is"], "target": 0.4}, rules=True, oracle=False
+    ),
+    EditorCase(
+        "spot-light-heads",
+        "spot_light",
+        {
+            "spans": _SPANS,
+            "target": 0.6,
+            "form": "spotlight",
+            "raise_only": False,
+            "heads": {"heads": {"0": [1], "2": [0]}, "kind": "kv"},
+        },
+        rules=True,
+        oracle=False,
+    ),
     EditorCase("suppress", "suppress", {"span": _NEAR, "strength": 1.0}),
     EditorCase(
         "suppress-evict", "suppress", {"span": _SENTENCE, "strength": "inf", "kv_heads": [0]}

@@ -54,7 +54,7 @@ def test_edited_memory_equals_recomputation(
     case: EditorCase, family: str, subject: Any, certify: Certify
 ) -> None:
     found = subject(family)
-    certify(found, case.build()(found.memory), not case.identity)
+    certify(found, found.apply(case.build()), not case.identity)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -63,7 +63,7 @@ def test_edited_memory_equals_recomputation_in_fp32(
     case: EditorCase, family: str, subject: Any, certify: Certify
 ) -> None:
     found = subject(family, torch.float32)
-    certify(found, case.build()(found.memory), not case.identity)
+    certify(found, found.apply(case.build()), not case.identity)
 
 
 @pytest.mark.parametrize("case", hard, **by_name)
@@ -73,9 +73,9 @@ def test_slots_that_windows_forgot_change_nothing(
     found = subject("gemma3", window="windowed")
     counts = {layer.slots for layer in found.memory.layers.values()}
     assert len(counts) == 2
-    edited = case.build()(found.memory)
+    edited = found.apply(case.build())
     certify(found, edited, effect=True)
-    whole = continued(found.model, case.build()(subject("gemma3").memory), found.continuation)
+    whole = continued(found.model, subject("gemma3").apply(case.build()), found.continuation)
     windowed = continued(found.model, edited, found.continuation)
     assert (whole - windowed).abs().max() <= FP64_ORACLE
 
@@ -92,7 +92,7 @@ def test_other_attention_backends_agree(
     found = subject(family, torch.float32)
     found.model.set_attn_implementation(attn)
     try:
-        certify(found, case.build()(found.memory), effect=True)
+        certify(found, found.apply(case.build()), effect=True)
         assert found.model.config._attn_implementation == attn
     finally:
         found.model.set_attn_implementation("sdpa")
@@ -103,4 +103,4 @@ def test_other_attention_backends_agree(
 @every_case
 def test_all_other_families(case: EditorCase, family: str, subject: Any, certify: Certify) -> None:
     found = subject(family)
-    certify(found, case.build()(found.memory), not case.identity)
+    certify(found, found.apply(case.build()), not case.identity)

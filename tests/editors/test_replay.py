@@ -20,8 +20,9 @@ from kvedit.errors import ContextTooLong, IncompatibleModel, InvalidArgument, KV
 from kvedit.memory import KVMemory, Lineage, LineageNode
 from kvedit.memory.digest import canonical_json
 from kvedit.registry import Registry
+from kvedit.runtime import ModelReader
 from kvedit.runtime.recapture import recapturer
-from kvedit.testing import CONTEXT, EDITOR_CASES, EditorCase
+from kvedit.testing import CONTEXT, EDITOR_CASES, EditorCase, make_test_operand
 
 FAMILIES = ("llama", "gemma3", "qwen3")
 NEAR = {"tokens": [-6, -2]}
@@ -59,10 +60,13 @@ def changed(memory: KVMemory, **fields: Any) -> Lineage:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", EDITOR_CASES, ids=lambda case: case.name)
 def test_every_editor_comes_again(case: EditorCase, family: str, subject: Any) -> None:
-    memory = subject(family).memory
-    edited = case.build()(memory)
-    assert_same(edited, replay(edited, by_head(memory)))
-    assert_same(edited, replay(edited.lineage, by_head(memory).get))
+    found, editor = subject(family), case.build()
+    edited = found.apply(editor)
+    operands = [make_test_operand(k, found.model, found.tokenizer) for k in editor.operands]
+    given = by_head(found.memory, *operands)
+    reader = ModelReader(found.model, found.tokenizer)
+    assert_same(edited, replay(edited, given, reader=reader))
+    assert_same(edited, replay(edited.lineage, given.get, reader=reader))
 
 
 def test_it_is_computed_and_not_looked_up(subject: Any) -> None:

@@ -21,7 +21,8 @@ RUNNABLE = [
     for path in sorted((recipes_folder() / group).rglob("*.yaml"))
 ]
 EDITORS = sorted(path.stem for path in (CONF / "editor").glob("*.yaml"))
-FILLED = {"span": "refunds", "offset": 3}
+FILLED = {"span": "refunds", "spans": ["refunds", "days"], "offset": 3, "phase": "decode",
+          "apply": "bias", "question": "How long?"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

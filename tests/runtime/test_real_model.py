@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import kvedit as kv
 from kvedit.editors import Chain, Drop, Emphasize, Shift, Suppress
+from kvedit.memory.rules import GateRule, MassRule, write_rule
+from kvedit.memory.span import SpanQuery
 from kvedit.testing import recompute
 from kvedit.testing.tolerances import FP32_LOGITS
 
@@ -121,3 +125,23 @@ def test_a_second_load_finds_the_same_memory_home(smollm, tmp_path):
         kv.generate(half, tokenizer, memory, " In short:")
     rounded = store.get("handbook", dtype=torch.bfloat16)
     kv.generate(half, tokenizer, rounded, " In short:", max_new_tokens=2)
+
+
+def test_a_mass_rule_is_met_in_all_heads_and_a_gate_holds_it_back(smollm):
+    model, tokenizer = smollm
+    memory = kv.capture(model, tokenizer, DOCUMENT)
+    span = SpanQuery(text="refunds are possible for 60 days").resolve(memory)
+    ruled = replace(memory, rules=(write_rule(MassRule(span, 0.3, raise_only=False)),))
+    prompt = _prompt(tokenizer, " Refunds are possible for")
+    with kv.attach(model, ruled) as session, kv.tap(model, ["mass"], groups={"s": span}) as tap:
+        session.forward(prompt)
+        session.forward(prompt[:, :1])
+    for layer in tap.layers:
+        for mass in tap.all("mass", layer):
+            assert (mass - 0.3).abs().max() <= 1e-5
+    gated = replace(ruled, rules=(*ruled.rules, write_rule(GateRule(1.0))))
+    choices = []
+    for one in (memory, ruled, gated):
+        with kv.attach(model, one, tokenizer) as session:
+            choices.append(int(session.feed(" The weather on the moon is")[0].argmax()))
+    assert choices[2] == choices[0]

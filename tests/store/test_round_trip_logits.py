@@ -22,7 +22,7 @@ def _logits(model, memory):
 @pytest.mark.parametrize("case", EDITOR_CASES, ids=lambda case: case.name)
 def test_every_editor_survives_the_store_bit_for_bit(tmp_path, case):
     model, tokenizer = tiny_model("llama")
-    memory = case.build()(kv.capture(model, tokenizer, CONTEXT))
+    memory = case.apply(kv.capture(model, tokenizer, CONTEXT), model, tokenizer)
     store = kv.Store(tmp_path)
     store.put(memory, "one")
     again = store.get("one")

@@ -8,13 +8,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from kvedit.editors import build
+from kvedit.memory import KVMemory, Span
 from kvedit.memory.lineage import environment
+from kvedit.memory.rules import MassRule, write_rule
 from kvedit.models.loading import TINY
 from kvedit.runs.bench.pairs import Timed, alternate
 from kvedit.runs.bench.plan import Plan
@@ -30,14 +33,16 @@ __all__ = ["bench"]
 
 CAPTURE_BAR = Bar(at_most=1.05)
 DECODE_BAR = Bar(at_most=1.10)
+RULE_BAR = Bar(at_most=1.25)
 REUSE_BAR = Bar(at_least=20)
 REUSE_FROM = 4000  # tokens of context from which the bar on reuse is meant
 
-_SPAN = 12  # tokens that are emphasised; the bias covers every slot, whatever the span
+_SPAN = 12  # tokens that are steered; bias and rules cover every slot, whatever the span
+_MASS = 0.3  # of a rule without raise_only, so that every head of every layer is moved
 
 
 def bench(plan: Plan) -> Report:
-    """Returns the report of a plan: per length, four ratios. A missed bar raises nothing.
+    """Returns the report of a plan: per length, five ratios. A missed bar raises nothing.
 
     Raises:
         ContextTooLong: if the model has too few positions for the longest context.
@@ -66,17 +71,20 @@ def _measure(sides: Sides, plan: Plan, tick: Callable[[], None]) -> Iterator[Rat
     # A toy is all overhead: the bars mean models that compute for longer than they are called.
     real = not sides.model.name_or_path.startswith(TINY)
     capture_bar, decode_bar = (CAPTURE_BAR, DECODE_BAR) if real else (None, None)
+    rule_bar = RULE_BAR if real else None
     reuse_bar = REUSE_BAR if real and tokens >= REUSE_FROM else None
     emphasised = build("emphasize", span={"tokens": (0, min(_SPAN, tokens))}, strength=1.0)
     biased, without = sides.decoding(emphasised(sides.memory)), sides.decoding(sides.memory)
+    ruled = sides.decoding(_ruled(sides.memory, min(_SPAN, tokens)))
     plain = sides.plain_decoding()
     # First calls allocate; prefills are long enough, and one has run already.
-    for side in (biased, without, plain, sides.time_reuse):
+    for side in (biased, ruled, without, plain, sides.time_reuse):
         side()
     long = plan.prefill_pairs(tokens)
     measured: tuple[tuple[str, Timed, Timed, int, Bar | None], ...] = (
         ("capture / prefill", sides.time_capture, sides.time_prefill, long, capture_bar),
         ("decode, bias / no bias", biased, without, plan.pairs, decode_bar),
+        ("decode, mass rule / none", ruled, without, plan.pairs, rule_bar),
         ("decode, no bias / plain", without, plain, plan.pairs, decode_bar),
         (
             "prefill to first token / reuse",
@@ -88,6 +96,11 @@ def _measure(sides: Sides, plan: Plan, tick: Callable[[], None]) -> Iterator[Rat
     )
     for name, a, b, pairs, bar in measured:
         yield Ratio.of(name, tokens, alternate(a, b, pairs, tick), bar)
+
+
+def _ruled(memory: KVMemory, stop: int) -> KVMemory:
+    rule = MassRule(Span(((0, stop),)), _MASS, raise_only=False)
+    return replace(memory, rules=(write_rule(rule),))
 
 
 @contextmanager
@@ -104,7 +117,7 @@ def _threads(count: int) -> Iterator[None]:
 def _ticking(plan: Plan) -> Iterator[Callable[[], None]]:
     from tqdm.auto import tqdm
 
-    pairs = sum(2 * plan.pairs + 2 * plan.prefill_pairs(length) for length in plan.lengths)
+    pairs = sum(3 * plan.pairs + 2 * plan.prefill_pairs(length) for length in plan.lengths)
     # disable=None: no bar where stderr is no terminal.
     with tqdm(total=2 * pairs, desc="bench", unit="run", disable=None) as bar:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from argparse import ArgumentParser, Namespace
+from functools import cached_property
 from typing import Any
 
 from kvedit.errors import InvalidArgument, NotFound
@@ -13,6 +14,7 @@ from kvedit.runs.verbs.options import (
     add_put,
     add_store,
     load_model_of,
+    note,
     open_store,
     put_options,
 )
@@ -58,9 +60,11 @@ def _run(args: Namespace) -> Outcome:
     # A version that somebody else puts meanwhile must not vanish under this one.
     expect = None if args.force else _newest(store, name)
     memories = [store.get(origin.record) for origin in origins]
-    reader = _reader(editors, memories[0], args)
+    live = _Live(memories[0], args)
+    reader = _reader(editors, live, args)
     for editor in editors:
-        memories = [editor(*memories, reader=reader)]
+        others = _operands(editor, store, live) if len(memories) == 1 else []
+        memories = [editor(*memories, *others, reader=reader)]
     record = store.put(memories[0], name, expect=expect, **options)
     data = {
         **vars(record),
@@ -80,16 +84,33 @@ def _newest(store: Any, name: str) -> str:
         return ""
 
 
-def _reader(editors: list[Any], memory: Any, args: Namespace) -> Any:
+class _Live:
+    """The model of a memory, loaded when somebody needs it."""
+
+    def __init__(self, memory: Any, args: Namespace) -> None:
+        self.memory, self.args = memory, args
+
+    @cached_property
+    def pair(self) -> Any:
+        return load_model_of(self.memory, self.args)
+
+
+def _reader(editors: list[Any], live: _Live, args: Namespace) -> Any:
     reads = any(e.reproducibility == "reader" or getattr(e, "reads", False) for e in editors)
     if not reads:
-        if args.model:
+        if args.model and not any(editor.operands for editor in editors):
             raise InvalidArgument("--model: none of these editors reads with a model; leave it out")
         return None
     from kvedit.runtime import ModelReader
 
-    model, _ = load_model_of(memory, args)
-    return ModelReader(model)
+    return ModelReader(*live.pair)
+
+
+def _operands(editor: Any, store: Any, live: _Live) -> list[Any]:
+    from kvedit.runs.operands import stored, supply
+
+    found = [stored(store, kind, live.memory.model) for kind in editor.operands]
+    return supply(editor, store, *live.pair, say=note) if None in found else found
 
 
 EDIT = Verb(

@@ -62,7 +62,7 @@ def _means(memory: KVMemory, args: Namespace) -> dict[str, Any]:
     model, tokenizer = load_model_of(memory, args)
     from kvedit.runtime import ModelReader, recapturer
 
-    found: dict[str, Any] = {"reader": ModelReader(model)}
+    found: dict[str, Any] = {"reader": ModelReader(model, tokenizer)}
     if memory.source is not None:
         found["capture"] = recapturer(model, tokenizer, memory.source)
     return found
