@@ -128,8 +128,9 @@ def _row(name: str, certificate: Certificate) -> dict[str, Any]:
     }
     shares = ", ".join(f"{d}: {a:.3f}/{b:.3f}" for d, (a, b) in figures["by distance"].items())
     print(
-        f"| {name} | {mean:.3f}, {kv_mean:.3f} | {spread:.3f}, {kv_spread:.3f} | {figures['least mean']:.3f}–"
-        f"{figures['most mean']:.3f} | {figures['median spread']:.3f} / "
+        f"| {name} | {mean:.3f}, {kv_mean:.3f} | {spread:.3f}, {kv_spread:.3f} | "
+        f"{figures['least mean']:.3f}–{figures['most mean']:.3f} | "
+        f"{figures['median spread']:.3f} / "
         f"{figures['90 % spread']:.3f} / {figures['most spread']:.3f} | {figures['worst']:.2f} | "
         f"{figures['KL']:.4f} | {shares} | {figures['KV heads failed']} |",
         flush=True,
@@ -139,8 +140,9 @@ def _row(name: str, certificate: Certificate) -> dict[str, Any]:
 
 def _title(name: str) -> None:
     print(
-        f"\n| {name} | mean within 0.03: query, KV heads | spread up to 0.10 | means | spread: median / 90 % / most "
-        "| worst | KL of attention | both shares by distance | KV heads failed |"
+        f"\n| {name} | mean within 0.03: query, KV heads | spread up to 0.10 | means "
+        "| spread: median / 90 % / most | worst | KL of attention | both shares by distance "
+        "| KV heads failed |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
 
