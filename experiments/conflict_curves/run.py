@@ -38,7 +38,7 @@ from kvedit.runtime import ModelReader
 
 SEED = 1
 BIAS = (0.7, 1.4, 2.3, 3.5, 4.605)
-Build = Callable[[str, float], Any]
+Build = Callable[[Conflict, float], Any]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Family:
     """A method over its strengths.
 
     Args:
-        build: span and strength to an editor; None edits nothing.
+        build: case and strength to an editor; None edits nothing.
         strengths: in the method's own unit.
         transform: changes the text instead.
     """
@@ -73,56 +73,66 @@ def families(chosen: HeadSet, drawn: HeadSet, shots: Sequence[Conflict]) -> Mapp
         ),
         "baked, profiled heads": Family(partial(_pasta, heads=chosen, phase="prefill"), BIAS[2::2]),
         "compiled, all heads": Family(
-            lambda span, b: editors.Chain((pasta(span, b), editors.Compile())), BIAS
+            lambda case, b: editors.Chain((pasta(case, b), editors.Compile())), BIAS
         ),
         "SpotLight, exact": Family(
-            lambda span, target: editors.SpotLight(spans=span, target=target),
+            lambda case, target: editors.SpotLight(spans=case.span_text, target=target),
             (0.01, 0.02, 0.05, 0.1, 0.3),
         ),
         "SpotLight, paper": Family(
-            lambda span, target: editors.SpotLight(spans=span, target=target, form="spotlight"),
+            lambda case, target: editors.SpotLight(
+                spans=case.span_text, target=target, form="spotlight"
+            ),
             (0.01, 0.02, 0.05, 0.1, 0.3),
         ),
         "SpotLight, exact, profiled heads": Family(
-            lambda span, target: editors.SpotLight(spans=span, target=target, **some),
+            lambda case, target: editors.SpotLight(spans=case.span_text, target=target, **some),
             (0.05, 0.1, 0.2, 0.4, 0.8),
         ),
         "SEKA": Family(
-            lambda span, gain: editors.Seka(spans=span, gain_positive=gain, gain_negative=gain / 4),
+            lambda case, gain: editors.Seka(
+                spans=case.span_text, gain_positive=gain, gain_negative=gain / 4
+            ),
             (0.4, 0.8, 1.6, 3.2, 6.4),
         ),
+        "AdaSEKA": Family(
+            lambda case, gain: editors.AdaSeka(
+                spans=case.span_text, question=case.prompt, gain=gain
+            ),
+            (0.05, 0.1, 0.2, 0.4, 1.0),
+        ),
         "key scaling": Family(
-            lambda span, factor: editors.ScaleKeys(spans=span, factor=factor),
+            lambda case, factor: editors.ScaleKeys(spans=case.span_text, factor=factor),
             (1.1, 1.2, 1.5, 2.0, 4.0),
         ),
         "value scaling": Family(
-            lambda span, factor: editors.ScaleValues(spans=span, factor=factor),
+            lambda case, factor: editors.ScaleValues(spans=case.span_text, factor=factor),
             (1.25, 1.5, 2.0, 3.0, 4.0),
         ),
         "duplication": Family(
-            lambda span, times: editors.Duplicate(spans=span, times=int(times)),
+            lambda case, times: editors.Duplicate(spans=case.span_text, times=int(times)),
             (2.0, 4.0, 10.0, 33.0),
         ),
         "Directer": Family(
-            lambda span, factor: editors.Directer(spans=span, factor=factor),
+            lambda case, factor: editors.Directer(spans=case.span_text, factor=factor),
             (1.5, 4.0, 100.0),
         ),
         "LLMSteer, bias": Family(
-            lambda span, b: editors.LLMSteer(alpha=math.exp(b), fraction=0.2, apply="bias"),
+            lambda case, b: editors.LLMSteer(alpha=math.exp(b), fraction=0.2, apply="bias"),
             (0.7, 1.4, 2.3),
         ),
-        "prompt: marked *": Family(None, (None,), mark),
-        'prompt: marked "': Family(None, (None,), partial(mark, sign='"')),
+        "prompt: asterisks": Family(None, (None,), mark),
+        "prompt: quotes": Family(None, (None,), partial(mark, sign='"')),
         "prompt: repeated": Family(None, (None,), repeat_span),
         "prompt: 3-shot": Family(None, (None,), few_shot(shots)),
     }
 
 
-def _pasta(span: str, bias: float, heads: HeadSet | None, phase: str) -> Any:
+def _pasta(case: Conflict, bias: float, heads: HeadSet | None, phase: str) -> Any:
     # alpha multiplies everything else: bias = -log alpha, moved against every other key.
     alpha = math.exp(-bias)
     return kv.editors.Pasta(
-        spans=span, alpha=alpha, heads=heads, reference="all_others", phase=phase
+        spans=case.span_text, alpha=alpha, heads=heads, reference="all_others", phase=phase
     )
 
 
@@ -143,7 +153,7 @@ class Bench:
         others = self._operands(family, strength)
 
         def method(case: Conflict, memory: KVMemory) -> KVMemory:
-            return family.build(case.span_text, strength)(memory, *others, reader=reader)
+            return family.build(case, strength)(memory, *others, reader=reader)
 
         return evaluate(
             model,
@@ -163,7 +173,7 @@ class Bench:
             return []
         model, tokenizer = self.prefills.model, self.prefills.tokenizer
         with kv.Store(self.folder / "operands") as store:
-            return supply(family.build("any text", strength), store, model, tokenizer, print)
+            return supply(family.build(self.cases[0], strength), store, model, tokenizer, print)
 
 
 def unseen(n: int) -> list[Conflict]:
