@@ -72,9 +72,6 @@ def families(chosen: HeadSet, drawn: HeadSet, shots: Sequence[Conflict]) -> Mapp
             partial(_pasta, heads=chosen, phase="both"), BIAS[2::2]
         ),
         "baked, profiled heads": Family(partial(_pasta, heads=chosen, phase="prefill"), BIAS[2::2]),
-        "compiled, all heads": Family(
-            lambda case, b: editors.Chain((pasta(case, b), editors.Compile())), BIAS
-        ),
         "SpotLight, exact": Family(
             lambda case, target: editors.SpotLight(spans=case.span_text, target=target),
             (0.01, 0.02, 0.05, 0.1, 0.3),

@@ -142,7 +142,10 @@ class HeadSet:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data that :meth:`of` reads."""
-        return {"heads": {str(layer): list(heads) for layer, heads in self.heads}, "kind": self.kind}
+        return {
+            "heads": {str(layer): list(heads) for layer, heads in self.heads},
+            "kind": self.kind,
+        }
 
     @classmethod
     def read_pasta(cls, path: str | Path) -> HeadSet:

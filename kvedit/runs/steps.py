@@ -195,9 +195,7 @@ def edit(
     return edited
 
 
-def operands(
-    loaded: Loaded, editor: Any, path: str, say: Callable[[str], None]
-) -> list[KVMemory]:
+def operands(loaded: Loaded, editor: Any, path: str, say: Callable[[str], None]) -> list[KVMemory]:
     """Returns an editor's operands from the store at ``path``, made once where it lacks them."""
     if not editor.operands:
         return []

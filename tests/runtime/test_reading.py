@@ -52,9 +52,7 @@ def test_a_context_rereads_itself_under_bias(tiny, family, attn):
     memory = kv.capture(model, tokenizer, TEXT)
     heads = memory.model.layers[0].query_heads
     drawn = torch.Generator().manual_seed(0)
-    bias = {
-        layer: torch.randn(heads, memory.tokens_count, generator=drawn) * 2 for layer in (0, 2)
-    }
+    bias = {layer: torch.randn(heads, memory.tokens_count, generator=drawn) * 2 for layer in (0, 2)}
     baked = ModelReader(model, tokenizer).reread(memory, bias)
     plain, _ = tiny(family, "eager")
     for index, (keys, values) in enumerate(masked_forward(plain, memory.tokens, bias)):

@@ -110,7 +110,10 @@ def _operands(editor: Any, store: Any, live: _Live) -> list[Any]:
     from kvedit.runs.operands import stored, supply
 
     found = [stored(store, kind, live.memory.model) for kind in editor.operands]
-    return supply(editor, store, *live.pair, say=note) if None in found else found
+    if None not in found:
+        return found
+    model, tokenizer = live.pair
+    return supply(editor, store, model, tokenizer, note)
 
 
 EDIT = Verb(

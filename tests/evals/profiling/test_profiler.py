@@ -161,7 +161,7 @@ def test_probes_come_from_files_and_conflicts(tmp_path, probes):
         ([], "list of probes"),
         ([{**plain, "rival": " d"}], "number 0: .*both"),
         ([plain, {"context": "A"}], r"number 1: a probe needs \['span'"),
-        ([{**plain, "wnated": " d"}], "wnated"),
+        ([{**plain, "wish": " d"}], "wish"),
         ([{**plain, "prompt": ""}], "prompt must be a text"),
         ([{**plain, "unrelated": ""}], "unrelated must be a text"),
     ):
