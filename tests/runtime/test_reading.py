@@ -17,7 +17,7 @@ TEXT = "The thing in the box is the answer. The refund window is 60 days, and yo
 
 
 def masked_forward(model, tokens, bias):
-    """Keys and values of every layer by one eager forward under an additive mask; no kvedit cache."""
+    """Keys and values by one eager forward under an additive mask; no cache of kvedit."""
     from transformers import DynamicCache
 
     handles = []
