@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["frontier"]
 
+_INSIDE = 8  # methods whose legend leaves room for their curves
 _MARKS = "osD^vP*X"
 _TITLES = {
     "efficacy": "efficacy: share of P(new) > P(old)",
@@ -55,7 +56,8 @@ def frontier(
     points = [point for point in every if point.gain.n and point.cost.n]
     if not points:
         raise InvalidArgument(f"none of {len(every)} reports has both {gain!r} and {cost!r}")
-    figure, axes = new_figure(8.0, 5.0)
+    many = len({point.name for point in points}) > _INSIDE
+    figure, axes = new_figure(11.0 if many else 8.0, 6.0 if many else 5.0)
     costs = [point.cost.value for point in points if point.cost.value > 0]
     edge = min(costs, default=1.0) / 3
     curves: dict[str, list[Point]] = {}
@@ -78,7 +80,8 @@ def frontier(
         fontsize="medium", parse_math=False,
     )  # fmt: skip
     axes.grid(alpha=0.25)
-    axes.legend(fontsize="small")
+    outside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if many else {}
+    axes.legend(fontsize="small", **outside)
     return figure
 
 
