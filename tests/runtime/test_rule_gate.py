@@ -14,6 +14,7 @@ from kvedit.errors import InvalidArgument
 from kvedit.memory.heads import HeadSet
 from kvedit.memory.rules import GateRule, MassRule, ScaleRule, write_rule
 from kvedit.memory.span import Span
+from kvedit.models.cache_argument import cache_argument
 from kvedit.models.inspection import inspect
 from kvedit.runtime.ranking import rank_layers
 
@@ -252,7 +253,7 @@ def test_a_model_called_without_named_outputs_is_refused_and_nothing_stays(tiny)
         with pytest.raises(InvalidArgument, match="return_dict"):
             model(
                 torch.tensor([[11]]),
-                past_key_values=session.cache,
+                **{cache_argument(model): session.cache},
                 position_ids=torch.tensor([[memory.next_position]]),
                 return_dict=False,
             )

@@ -16,6 +16,7 @@ from kvedit.memory.rules import GateRule, MassRule, ScaleRule, read_rules, write
 from kvedit.memory.span import Span
 from kvedit.models import explicit
 from kvedit.models.attention_call import AttentionCall
+from kvedit.models.cache_argument import cache_argument
 from kvedit.models.route import observing
 
 TEXT = (
@@ -167,7 +168,7 @@ def test_rows_of_a_batch_have_rules_of_their_own(tiny, family):
         session.cache.select_rows(order)
         model(
             input_ids=ids[:, :2],
-            past_key_values=session.cache,
+            **{cache_argument(model): session.cache},
             position_ids=session.cache.next_positions[:, None] + torch.arange(2),
         )
         check(tap, session, [memories[row] for row in order], plain.model)
