@@ -18,6 +18,7 @@ def open_payload(data: bytes | memoryview | Path) -> Iterator[memoryview]:
 
     Raises:
         InvalidArgument: if it is neither contiguous bytes nor a file.
+        FileNotFoundError: if there is no such file; garbage may have been collected meanwhile.
     """
     if not isinstance(data, Path):
         view = memoryview(data)
@@ -25,7 +26,7 @@ def open_payload(data: bytes | memoryview | Path) -> Iterator[memoryview]:
             raise InvalidArgument("data must lie in one piece; found a memoryview with steps")
         yield view.cast("B") if view.nbytes else memoryview(b"")
         return
-    if not data.is_file():
+    if data.exists() and not data.is_file():
         raise InvalidArgument(f"{data} is no file")
     with data.open("rb") as file:
         if not data.stat().st_size:
