@@ -17,6 +17,7 @@ from kvedit.runs.cli import main
 NAMES = [
     "capture / prefill",
     "decode, bias / no bias",
+    "decode, compiled / no bias",
     "decode, mass rule / none",
     "decode, no bias / plain",
     "prefill to first token / reuse",

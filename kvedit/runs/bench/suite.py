@@ -25,6 +25,7 @@ from kvedit.runs.bench.prose import prose
 from kvedit.runs.bench.report import Bar, Ratio, Report
 from kvedit.runs.bench.sides import Sides
 from kvedit.runs.verbs.options import load_model
+from kvedit.runtime import calibrate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,12 +38,13 @@ RULE_BAR = Bar(at_most=1.25)
 REUSE_BAR = Bar(at_least=20)
 REUSE_FROM = 4000  # tokens of context from which the bar on reuse is meant
 
+_SAMPLES = 100  # queries per head behind the compiled keys
 _SPAN = 12  # tokens that are steered; bias and rules cover every slot, whatever the span
 _MASS = 0.3  # of a rule without raise_only, so that every head of every layer is moved
 
 
 def bench(plan: Plan) -> Report:
-    """Returns the report of a plan: per length, five ratios. A missed bar raises nothing.
+    """Returns the report of a plan: per length, six ratios. A missed bar raises nothing.
 
     Raises:
         ContextTooLong: if the model has too few positions for the longest context.
@@ -55,18 +57,21 @@ def bench(plan: Plan) -> Report:
         plan.check_room(inspect(model, tokenizer).spec.max_position)
         sizes: dict[int, int] = {}
         ratios: list[Ratio] = []
+        queries = calibrate(model, tokenizer, samples=_SAMPLES)
         with tempfile.TemporaryDirectory(prefix="kvedit-bench-") as folder, _ticking(plan) as tick:
             for length in plan.lengths:
                 text = prose(tokenizer, length)
                 place = Path(folder) / str(length)
                 sides = Sides.prepare(model, tokenizer, text, place, plan.decode)
                 sizes[sides.memory.tokens_count] = sides.memory.nbytes
-                ratios += _measure(sides, plan, tick)
+                ratios += _measure(sides, queries, plan, tick)
         seconds = time.perf_counter() - started
         return Report(plan.model, _environment(model), plan.decode, sizes, tuple(ratios), seconds)
 
 
-def _measure(sides: Sides, plan: Plan, tick: Callable[[], None]) -> Iterator[Ratio]:
+def _measure(
+    sides: Sides, queries: KVMemory, plan: Plan, tick: Callable[[], None]
+) -> Iterator[Ratio]:
     tokens = sides.memory.tokens_count
     # A toy is all overhead: the bars mean models that compute for longer than they are called.
     real = not sides.model.name_or_path.startswith(TINY)
@@ -74,16 +79,19 @@ def _measure(sides: Sides, plan: Plan, tick: Callable[[], None]) -> Iterator[Rat
     rule_bar = RULE_BAR if real else None
     reuse_bar = REUSE_BAR if real and tokens >= REUSE_FROM else None
     emphasised = build("emphasize", span={"tokens": (0, min(_SPAN, tokens))}, strength=1.0)
-    biased, without = sides.decoding(emphasised(sides.memory)), sides.decoding(sides.memory)
+    steered = emphasised(sides.memory)
+    biased, without = sides.decoding(steered), sides.decoding(sides.memory)
+    compiled = sides.decoding(_compiled(steered, queries))
     ruled = sides.decoding(_ruled(sides.memory, min(_SPAN, tokens)))
     plain = sides.plain_decoding()
     # First calls allocate; prefills are long enough, and one has run already.
-    for side in (biased, ruled, without, plain, sides.time_reuse):
+    for side in (biased, compiled, ruled, without, plain, sides.time_reuse):
         side()
     long = plan.prefill_pairs(tokens)
     measured: tuple[tuple[str, Timed, Timed, int, Bar | None], ...] = (
         ("capture / prefill", sides.time_capture, sides.time_prefill, long, capture_bar),
         ("decode, bias / no bias", biased, without, plan.pairs, decode_bar),
+        ("decode, compiled / no bias", compiled, without, plan.pairs, decode_bar),
         ("decode, mass rule / none", ruled, without, plan.pairs, rule_bar),
         ("decode, no bias / plain", without, plain, plan.pairs, decode_bar),
         (
@@ -96,6 +104,12 @@ def _measure(sides: Sides, plan: Plan, tick: Callable[[], None]) -> Iterator[Rat
     )
     for name, a, b, pairs, bar in measured:
         yield Ratio.of(name, tokens, alternate(a, b, pairs, tick), bar)
+
+
+def _compiled(memory: KVMemory, queries: KVMemory) -> KVMemory:
+    # Time does not depend on what is certified: every head is compiled, also a toy's.
+    anything = {"mean_tolerance": 1e9, "spread_tolerance": 1e9}
+    return build("compile", on_fail="refuse", **anything)(memory, queries)
 
 
 def _ruled(memory: KVMemory, stop: int) -> KVMemory:
@@ -117,7 +131,7 @@ def _threads(count: int) -> Iterator[None]:
 def _ticking(plan: Plan) -> Iterator[Callable[[], None]]:
     from tqdm.auto import tqdm
 
-    pairs = sum(3 * plan.pairs + 2 * plan.prefill_pairs(length) for length in plan.lengths)
+    pairs = sum(4 * plan.pairs + 2 * plan.prefill_pairs(length) for length in plan.lengths)
     # disable=None: no bar where stderr is no terminal.
     with tqdm(total=2 * pairs, desc="bench", unit="run", disable=None) as bar:
 
