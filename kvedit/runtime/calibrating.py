@@ -41,7 +41,7 @@ def calibrate(
     tokenizer: PreTrainedTokenizerBase | None,
     texts: Sequence[Context] | None = None,
     held_out: Sequence[Context] | None = None,
-    samples: int = 600,
+    samples: int = 630,
     seed: int = 0,
 ) -> KVMemory:
     """Returns queries of every layer and query head on generic text, before RoPE.

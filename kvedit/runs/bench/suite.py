@@ -57,7 +57,8 @@ def bench(plan: Plan) -> Report:
         plan.check_room(inspect(model, tokenizer).spec.max_position)
         sizes: dict[int, int] = {}
         ratios: list[Ratio] = []
-        queries = calibrate(model, tokenizer, samples=_SAMPLES)
+        sample = [prose(tokenizer, 4 * _SAMPLES)]
+        queries = calibrate(model, tokenizer, sample, sample, samples=_SAMPLES)
         with tempfile.TemporaryDirectory(prefix="kvedit-bench-") as folder, _ticking(plan) as tick:
             for length in plan.lengths:
                 text = prose(tokenizer, length)

@@ -33,7 +33,7 @@ def test_it_compiles_at_pastas_strength_within_a_thousand_positions(steered):
     certificate = certify(biased, queries, Compile(on_fail="refuse"))
     assert certificate.ok, str(certificate)
     assert len(certificate.heads) == 270
-    assert certificate.share(by="kv")[0] == 1.0  # every KV head's mean within 0.97 to 1.03
+    assert certificate.share(by="kv")[0] > 0.95  # KV heads with a mean within 0.97 to 1.03
     assert certificate.share(mean=0.07)[0] == 1.0
     assert certificate.share()[1] > 0.85
     edited = Compile(on_fail="refuse")(biased, queries)
