@@ -30,9 +30,11 @@ _LAZY = {
     "tap": "kvedit.runtime",
 }
 _MODULES = (
+    "cartridges",
     "editors",
     "errors",
     "evals",
+    "interop",
     "memory",
     "models",
     "plots",

@@ -110,7 +110,8 @@ def _measure(
 def _compiled(memory: KVMemory, queries: KVMemory) -> KVMemory:
     # Time does not depend on what is certified: every head is compiled, also a toy's.
     anything = {"mean_tolerance": 1e9, "spread_tolerance": 1e9}
-    return build("compile", on_fail="refuse", **anything)(memory, queries)
+    compiled: KVMemory = build("compile", on_fail="refuse", **anything)(memory, queries)
+    return compiled
 
 
 def _ruled(memory: KVMemory, stop: int) -> KVMemory:
