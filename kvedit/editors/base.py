@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -17,10 +17,16 @@ from kvedit.memory.digest import canonical_json
 from kvedit.memory.lineage import environment
 from kvedit.memory.operand import operand_kind
 
-__all__ = ["Editor", "Reader", "SpanLike", "registered_name"]
+__all__ = ["Editor", "KeyChange", "Reader", "Replacement", "SpanLike", "registered_name"]
 
 SpanLike = str | Span | SpanQuery
 """A text to find, a query, or a span that was found already."""
+
+KeyChange = Callable[[torch.Tensor], torch.Tensor]
+"""From keys after RoPE ``[kv_head, token, dim]``, of the first tokens, to those that are read."""
+
+Replacement = Callable[[int, torch.Tensor], torch.Tensor]
+"""From a layer and what attention would read there to what it reads."""
 
 
 @runtime_checkable
@@ -28,26 +34,50 @@ class Reader(Protocol):
     """The runtime as an editor may use it: run tokens over a memory and get tensors back."""
 
     def read(
-        self, memory: KVMemory | None, tokens: torch.Tensor, sites: Iterable[str]
+        self,
+        memory: KVMemory | None,
+        tokens: torch.Tensor,
+        sites: Iterable[str],
+        replace: Mapping[str, Replacement] | None = None,
     ) -> dict[str, dict[int, torch.Tensor]]:
         """Runs ``tokens`` ``[n]`` over ``memory``, or over nothing.
 
+        ``replace`` changes what attention reads at a site, as :func:`kvedit.tap` does.
+
         Returns:
-            Per site of :func:`kvedit.tap` and layer, its tensor, batch axis included.
+            Per site and layer its tensor, batch axis included. Sites are those of
+            :func:`kvedit.tap`, and ``"attention_input"`` and ``"attention_output"``: hidden states
+            ``[batch, query, hidden]`` that a layer's attention takes and returns.
         """
         ...
 
-    def reread(self, memory: KVMemory, bias: Mapping[int, torch.Tensor]) -> KVMemory:
-        """Reads a memory's tokens anew while its own tokens are biased, and keeps no bias.
+    def reread(
+        self,
+        memory: KVMemory,
+        bias: Mapping[int, torch.Tensor],
+        keys: Mapping[int, KeyChange] | None = None,
+    ) -> KVMemory:
+        """Reads a memory's tokens anew while its own tokens are biased, or read changed keys.
+
+        The result keeps no bias, and keys as they were before they were changed.
 
         Args:
             memory: a memory with tokens, one slot each.
             bias: layer to float32 ``[query_head, token]``, seen by every later token.
+            keys: layer to what turns its keys into those that every later token reads.
         """
+        ...
+
+    def grow(self, memory: KVMemory, tokens: torch.Tensor) -> KVMemory:
+        """Returns the memory after ``tokens`` ``[n]`` were read behind it."""
         ...
 
     def encode(self, text: str) -> torch.Tensor:
         """Returns the token ids ``[n]`` of a text, without special tokens."""
+        ...
+
+    def turn(self, memory: KVMemory, prompt: str) -> torch.Tensor:
+        """Returns the token ids ``[n]`` by which a prompt goes on behind a memory, as a chat's."""
         ...
 
     def ask(self, memory: KVMemory, prompt: str, max_new_tokens: int) -> str:

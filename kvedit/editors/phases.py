@@ -1,26 +1,27 @@
-"""When a bias acts: while the context reads itself, when later tokens read it, or both.
+"""When an edit acts: while the context reads itself, when later tokens read it, or both.
 
 The two differ in more than time. A bias of the decode phase is kept beside the keys; every later
 query sees it, the memory's own keys and values stay. In the prefill phase the context's tokens
-read each other under the bias; what stays is in the keys and values of later context tokens.
+read each other under the bias; what stays is in the keys and values of later context tokens. The
+same holds of keys that are changed: for later queries, for the context, or for both.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
 from kvedit.editors import REGISTRY, build
-from kvedit.editors.base import Editor, Reader
+from kvedit.editors.base import Editor, KeyChange, Reader
 from kvedit.errors import InvalidArgument
 from kvedit.memory import KVMemory
 from kvedit.memory.lineage import Reproducibility
 
-__all__ = ["LayerBias", "Phase", "Phased", "bias_memory", "push"]
+__all__ = ["LayerBias", "Phase", "Phased", "bias_memory", "push", "read_anew"]
 
 Phase = Literal["prefill", "decode", "both"]
 
@@ -30,7 +31,7 @@ LayerBias = Callable[[int, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Phased(Editor):
-    """An editor whose bias acts in a phase that is always chosen by name.
+    """An editor that acts in a phase, which is always chosen by name unless a subclass says more.
 
     Args:
         phase: ``"prefill"``: the context reads itself anew under the bias, with the model, and
@@ -87,7 +88,8 @@ def bias_memory(memory: KVMemory, bias: LayerBias, phase: Phase, reader: Reader 
             by no token, or an earlier edit changed keys or values.
     """
     if phase != "decode":
-        memory = _read_anew(memory, bias, reader)
+        tokens = torch.arange(memory.tokens_count)
+        memory = read_anew(memory, reader, bias={i: bias(i, tokens) for i in memory.layers})
     if phase == "prefill":
         return memory
     changed = {}
@@ -98,14 +100,32 @@ def bias_memory(memory: KVMemory, bias: LayerBias, phase: Phase, reader: Reader 
     return memory.with_layers(changed)
 
 
-def _read_anew(memory: KVMemory, bias: LayerBias, reader: Reader | None) -> KVMemory:
+def read_anew(
+    memory: KVMemory,
+    reader: Reader | None,
+    *,
+    bias: Mapping[int, torch.Tensor] | None = None,
+    keys: Mapping[int, KeyChange] | None = None,
+) -> KVMemory:
+    """Returns the memory as it is when its tokens read each other under bias or changed keys.
+
+    Its own bias and rules, which are of the decode phase, stay; what is given here is not kept.
+
+    Args:
+        memory: the memory.
+        reader: the model.
+        bias: layer to float32 ``[query_head, token]``; one of zeros counts for none.
+        keys: layer to what turns its keys into those that the context reads.
+
+    Raises:
+        InvalidArgument: without a reader, if slots were dropped, moved or made by no token, or an
+            earlier edit changed keys or values.
+    """
     if reader is None:
         raise InvalidArgument("the context is read anew with the model: pass reader=")
     _refuse_rewritten(memory)
-    tokens = torch.arange(memory.tokens_count)
-    found = {index: bias(index, tokens) for index in memory.layers}
-    steered = {index: added for index, added in found.items() if bool(added.any())}
-    read = reader.reread(memory, steered).to(memory.device, memory.dtype)
+    steered = {index: added for index, added in (bias or {}).items() if bool(added.any())}
+    read = reader.reread(memory, steered, keys or {}).to(memory.device, memory.dtype)
     kept = {
         index: replace(read.layers[index], bias=layer.bias)
         for index, layer in memory.layers.items()

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from kvedit.errors import InvalidArgument, UnsupportedModel
+from kvedit.errors import InvalidArgument
 from kvedit.memory import KVMemory, Span
 from kvedit.memory.heads import HeadSet
 from kvedit.memory.rules import GateRule, ScaleRule, write_rule
 from kvedit.models.inspection import Inspection, inspect
 from kvedit.runtime.attaching import open_session
+from kvedit.runtime.streams import Streams, attention_streams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["rank_layers"]
-
-_Streams = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 def rank_layers(
@@ -81,39 +79,11 @@ def _distance(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> float
 
 def _streams(
     model: PreTrainedModel, found: Inspection, memory: KVMemory, tokens: torch.Tensor
-) -> _Streams:
+) -> Streams:
     """Returns each layer's attention input and output ``[batch, query, hidden]`` of one pass."""
-    streams: _Streams = {}
     with (
-        _watching(found, streams),
+        attention_streams(found) as streams,
         open_session(model, found, [memory], None, strict=True) as session,
     ):
         session.forward(tokens[None], keep=1)
     return streams
-
-
-@contextmanager
-def _watching(found: Inspection, streams: _Streams) -> Iterator[None]:
-    def keeper(layer: int) -> Any:
-        def hook(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            entered = kwargs.get("hidden_states", args[0] if args else None)
-            left = output[0] if isinstance(output, tuple) else output
-            if not isinstance(entered, torch.Tensor) or not isinstance(left, torch.Tensor):
-                raise UnsupportedModel(f"layer {layer}: attention takes or returns no hidden state")
-            streams[layer] = (entered.detach().clone(), left.detach().clone())
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(keeper(layer), with_kwargs=True)
-        for layer, module in enumerate(_modules(found))
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _modules(found: Inspection) -> list[torch.nn.Module]:
-    return [found.attention[layer] for layer in range(len(found.spec.layers))]

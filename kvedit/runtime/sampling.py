@@ -74,6 +74,9 @@ def sample(
     made = _generate(model, cache, ids, valid, max_new_tokens, seed, settings)
     ends = _end_ids(model, settings)
     lists = [_until_end(tokens, ends) for tokens in made]
+    if stop is not None and len(lists) > 1:
+        counts = _until_stop(tokenizer, stop, ids.cpu(), made)
+        lists = [tokens[:count] for tokens, count in zip(lists, counts, strict=True)]
     _tidy(cache, first + ids.shape[1], lists)
     return lists
 
@@ -221,6 +224,23 @@ def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
         if token in ends:
             return tokens[: index + 1]
     return tokens
+
+
+def _until_stop(
+    tokenizer: Any, stop: str | Sequence[str], ids: torch.Tensor, made: list[list[int]]
+) -> list[int]:
+    """Returns after how many new tokens each row met a stop string; behind that it was padded."""
+    from transformers import StopStringCriteria
+
+    met = StopStringCriteria(tokenizer, stop)
+    whole = torch.cat((ids, torch.tensor(made, dtype=ids.dtype)), dim=1)
+    counts = [len(tokens) for tokens in made]
+    for count in range(counts[0], 0, -1):
+        # The criterion looks at the end of what is there, as it did while tokens came.
+        done = met(whole[:, : ids.shape[1] + count], None)
+        for row in done.nonzero().flatten().tolist():
+            counts[row] = count
+    return counts
 
 
 def _tidy(cache: MemoryCache, prompt_end: int, lists: list[list[int]]) -> None:

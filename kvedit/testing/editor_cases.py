@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvedit.testing.compaction import COMPACTION_ROWS
+from kvedit.testing.seka import SEKA_ROWS
+
 __all__ = ["CONTEXT", "CONTINUATION", "EDITOR_CASES", "EDITOR_FAMILIES", "EditorCase"]
 
 CONTEXT = (
@@ -83,21 +86,6 @@ _PARTS = [
 
 EDITOR_CASES: tuple[EditorCase, ...] = (
     EditorCase(
-        "ada-seka", "ada_seka", {"spans": "you would", "question": " and who?"}, oracle=False
-    ),
-    EditorCase(
-        "ada-seka-top",
-        "ada_seka",
-        {"spans": [_NEAR, "That"], "question": "wait", "gain": -2.0, "top": 5, "layers": [-1]},
-        oracle=False,
-    ),
-    EditorCase(
-        "ada-seka-zero",
-        "ada_seka",
-        {"spans": [_SENTENCE], "question": "wait", "gain": 0.0},
-        identity=True,
-    ),
-    EditorCase(
         "auto-pasta",
         "auto_pasta",
         {"question": "How long?", "closeness": 0.01, "max_new_tokens": 6, "phase": "decode"},
@@ -160,11 +148,21 @@ EDITOR_CASES: tuple[EditorCase, ...] = (
         {"fit": "slot", "horizon": 64, "on_fail": "refuse", "storage": "int8"},
         identity=True,
     ),
+    # Of one memory; tests of its own join several.
+    EditorCase("concat-one", "concat", identity=True),
+    EditorCase("concat-one-overlapping", "concat", {"rotate": False, "order": [0]}, identity=True),
     EditorCase("directer", "directer", {"spans": ["That is"]}, rules=True, oracle=False),
     EditorCase(
         "directer-layers",
         "directer",
         {"spans": _SPANS, "factor": 3.0, "beta": 0.1, "layers": [-1, 0]},
+        rules=True,
+        oracle=False,
+    ),
+    EditorCase(
+        "directer-ranked",
+        "directer",
+        {"spans": _SPANS, "factor": 5.0, "prompt": " and who?"},
         rules=True,
         oracle=False,
     ),
@@ -252,25 +250,6 @@ EDITOR_CASES: tuple[EditorCase, ...] = (
         oracle=False,
     ),
     EditorCase("scale-values-one", "scale_values", {"spans": [_NEAR], "factor": 1}, identity=True),
-    EditorCase("seka", "seka", {"spans": "you would"}, oracle=False),
-    EditorCase(
-        "seka-positive",
-        "seka",
-        {
-            "spans": [_NEAR, _SENTENCE],
-            "gain_positive": 1.5,
-            "gain_negative": None,
-            "layers": [-1],
-            "min_difference": 0.01,
-        },
-        oracle=False,
-    ),
-    EditorCase(
-        "seka-zero",
-        "seka",
-        {"spans": [_NEAR], "gain_positive": 0.0, "gain_negative": 0.0},
-        identity=True,
-    ),
     EditorCase("shift-zero", "shift", {"offset": 0}, identity=True),
     EditorCase("shift", "shift", {"offset": 37}, oracle=False, learned=False),
     EditorCase(
@@ -296,5 +275,7 @@ EDITOR_CASES: tuple[EditorCase, ...] = (
     EditorCase(
         "suppress-zero", "suppress", {"span": _NEAR, "alpha": 1.0, "layers": [1]}, identity=True
     ),
+    *(EditorCase(**row) for row in SEKA_ROWS),
+    *(EditorCase(**row) for row in COMPACTION_ROWS),
 )
 """The rows."""

@@ -13,6 +13,8 @@ from kvedit.editors import Boost, Chain, Directer, Emphasize, Gate, ScaleKeys, S
 from kvedit.errors import InvalidArgument, UnknownName
 from kvedit.memory.heads import HeadSet
 from kvedit.memory.rules import GateRule, ScaleRule, read_rules
+from kvedit.models.inspection import inspect
+from kvedit.runtime import ModelReader, rank_layers
 from kvedit.testing.tolerances import FP64_ORACLE, VISIBLE_EFFECT
 
 FAMILIES = ("llama", "gemma3", "qwen3", "gpt_neox")
@@ -97,6 +99,95 @@ def test_rules_are_appended(subject: Any) -> None:
     assert (whole[0].factor, whole[0].heads, whole[1]) == (100.0, None, GateRule(0.5))
     later = Chain((Gate(0.5), Emphasize("box", strength=1.0)))(memory)
     assert read_rules(later.rules) == (GateRule(0.5),)
+
+
+PROMPT = " and the answer is that"
+
+
+def ranked_by_runtime(found: Any, memory: Any, prompt: str, factor: float, layers: Any) -> Any:
+    """rank_layers at the last token of a prompt that a session read up to there."""
+    ids = found.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    with kv.attach(found.model, memory, found.tokenizer) as session:
+        session.forward(ids[None, :-1])
+        grown = session.memory()
+    span = memory.resolve(SPANS[0]) | memory.resolve(SPANS[1])
+    return rank_layers(found.model, grown, span, ids[-1:], factor, layers)
+
+
+@pytest.mark.parametrize("layers", [None, (2, 1)])
+@pytest.mark.parametrize("factor", [3.0, 100.0, -20.0])
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+def test_it_ranks_layers_as_the_runtime_does(
+    family: str, factor: float, layers: Any, subject: Any
+) -> None:
+    found = subject(family)
+    memory = Emphasize("box", strength=0.5)(SpotLight("box", 0.3)(found.memory))
+    edited = found.apply(Directer(SPANS, factor, layers=layers, prompt=PROMPT), memory)
+    named = memory.layer_indices(layers)
+    ranked = ranked_by_runtime(found, memory, PROMPT, factor, named)
+    assert len(set(ranked.values())) > 1  # layers whose window ends before the span are equal
+    _, scale, gate = read_rules(edited.rules)
+    assert gate == GateRule(0.5, tuple(ranked))
+    assert scale.heads == (None if layers is None else HeadSet.all(memory.model, named))
+
+
+def test_the_order_is_not_the_given_one(subject: Any) -> None:
+    """The last layer disturbs none that comes later; sliding layers may not reach the span."""
+    found = subject("llama")
+    given = read_rules(found.apply(Directer(SPANS, layers=(2, 1, 0), prompt=PROMPT)).rules)[1]
+    assert given.layers[-1] == 2
+    every = {
+        read_rules(subject(family).apply(Directer(SPANS, prompt=PROMPT)).rules)[1].layers
+        for family in FAMILIES
+    }
+    assert any(list(order) != sorted(order) for order in every)
+
+
+def test_a_ranked_memory_serves_and_replays(subject: Any) -> None:
+    found = subject("gemma3")
+    editor = Directer(SPANS, 8.0, beta=0.05, prompt=PROMPT)
+    edited = found.apply(editor)
+    order = read_rules(edited.rules)[1].layers
+    _, expected = accepted_by_hand(found, 8.0, 0.05, order)
+    assert (logits_of(found, edited) - expected).abs().max() <= FP64_ORACLE
+    assert (editor.reproducibility, Directer(SPANS).reproducibility) == ("reader", "pure")
+    assert edited.lineage.head.reproducibility == "reader"
+    assert found.apply(editor).digest == edited.digest
+
+
+def test_ranking_needs_a_reader_and_a_token(subject: Any) -> None:
+    found = subject("llama")
+    with pytest.raises(InvalidArgument, match="reads with the model: pass reader="):
+        Directer("box", prompt="a")(found.memory)
+    for wrong in ("", 3):
+        with pytest.raises(InvalidArgument, match="prompt: expected a text or None"):
+            Directer("box", prompt=wrong)
+    with pytest.raises(InvalidArgument, match="has a gate already"):
+        found.apply(Directer("box", prompt="a"), Gate()(found.memory))
+
+
+def test_streams_are_read_beside_other_sites(subject: Any) -> None:
+    """What attention takes and returns, against hooks of its own."""
+    found = subject("qwen3")
+    ids, seen = found.continuation[:3], {}
+    handles = [
+        module.register_forward_hook(
+            lambda m, a, k, out, at=layer: seen.update({at: (k["hidden_states"], out[0])}),
+            with_kwargs=True,
+        )
+        for layer, module in inspect(found.model).attention.items()
+    ]
+    reader = ModelReader(found.model)
+    got = reader.read(found.memory, ids, ("attention_input", "hidden", "attention_output"))
+    for handle in handles:
+        handle.remove()
+    assert list(got) == ["attention_input", "hidden", "attention_output"]
+    for layer, (entered, left) in seen.items():
+        assert torch.equal(got["attention_input"][layer], entered)
+        assert torch.equal(got["attention_output"][layer], left)
+        assert got["hidden"][layer].shape == entered.shape
+    with pytest.raises(UnknownName, match="unknown site 'attention'"):
+        reader.read(found.memory, ids, ("attention",))
 
 
 @pytest.mark.parametrize("gate", [Gate(0.1), Directer("box")], ids=["gate", "directer"])

@@ -107,6 +107,8 @@ def test_people_get_tables(stored):
         (("diff", "short", "short"), "no difference"),
         (("score", "handbook", "It takes", " three", " sixty"), "nats/token"),
         (("editors",), "emphasize span=… [strength]"),
+        (("editors",), "reads with the model in some phases"),
+        (("editors", "--json"), '"reproducibility": "by phase"'),
         (("editors", "shift"), "offset: positions to move by"),
         (("ls", "nothing*"), "holds nothing that fits"),
     ):

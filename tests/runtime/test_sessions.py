@@ -249,6 +249,31 @@ def test_a_forward_pass_that_died_is_forgotten(tiny):
         torch.testing.assert_close(session.forward(ids), expected, atol=0, rtol=0)
 
 
+def test_a_row_that_meets_a_stop_string_first_is_not_padded(tiny):
+    """Row by row, and in what comes next, a batch is its rows alone."""
+    model, tokenizer = tiny("llama")
+    memories = [kv.capture(model, tokenizer, text) for text in (TEXT, TEXT + " Or not?")]
+    prompts = [" Then", " And"]
+    with kv.attach(model, memories, tokenizer) as session:
+        free = session.generate(prompts, max_new_tokens=12)
+    stop = next(
+        one
+        for one in (free[0].text[i : i + 2] for i in range(2, 12))
+        if one.strip() and one not in free[1].text
+    )
+    with kv.attach(model, memories, tokenizer) as session:
+        replies = session.generate(prompts, max_new_tokens=12, stop=stop)
+        slots = [session.memory(row).slots for row in range(2)]
+        again = session.generate(" So", max_new_tokens=4)
+    assert len(replies[0].tokens) < len(replies[1].tokens) == 12
+    for row, (memory, prompt) in enumerate(zip(memories, prompts, strict=True)):
+        with kv.attach(model, memory, tokenizer) as session:
+            alone = session.generate(prompt, max_new_tokens=12, stop=stop)
+            assert replies[row] == alone
+            assert slots[row] == session.memory().slots
+            assert again[row] == session.generate(" So", max_new_tokens=4)
+
+
 def test_stop_strings_streaming_and_sampling(tiny):
     model, tokenizer = tiny("llama")
     memory = kv.capture(model, tokenizer, TEXT)

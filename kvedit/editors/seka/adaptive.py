@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from einops import einsum, rearrange
 
-from kvedit.editors.base import Editor, Reader, SpanLike
-from kvedit.editors.seka.keys import change_keys, held_masks
+from kvedit.editors.base import Reader, SpanLike
+from kvedit.editors.phases import Phase, Phased
+from kvedit.editors.seka.featuremaps import FeatureMapName, check_learned_with, named_map
+from kvedit.editors.seka.keys import KeyEdit, edit_keys, held_masks
 from kvedit.editors.seka.learning import EXPERTS
 from kvedit.editors.seka.projectors import operand_layers, project
 from kvedit.editors.target import as_indices, as_number, as_spans
@@ -21,12 +23,13 @@ __all__ = ["AdaSeka", "expert_weights"]
 
 
 @dataclass(frozen=True)
-class AdaSeka(Editor):
+class AdaSeka(Phased):
     """``k' = k + g P k`` with ``P = sum_m alpha_m U_m U_m^T``, alpha from the question's query.
 
     Li et al. 2026 (AdaSEKA, arXiv 2603.01281), section 4: ``alpha_m`` is ``sum_k (q.u_k) sigma_k``
     over the K leading columns of expert m, over the largest such absolute value. q is the query of
-    the question's last token, read over the memory, before RoPE as the keys were learned; query
+    the question's last token, read over the memory as it comes, before RoPE as the keys were
+    learned; query
     heads that share a KV head are averaged, as in the published code. An expert that does not move
     a head enough has no weight there. Called with an operand of kind "experts"
     (:func:`~kvedit.editors.seka.learning.learn_experts`) and a reader.
@@ -38,11 +41,15 @@ class AdaSeka(Editor):
         top: K, leading columns of each expert.
         layers: layers to touch; None means those of the operand.
         min_difference: which heads of an expert count; None takes the operand's own.
+        feature_map: as for :class:`~kvedit.editors.seka.edit.Seka`; the query is not mapped.
+        phase: as for :class:`~kvedit.editors.seka.edit.Seka`.
 
     Raises:
         InvalidArgument: if a parameter is out of range, the operand is of another kind, has fewer
-            columns, or no head passes.
+            columns or was learned with another feature map, no head passes, or the context can't
+            be read anew.
         IncompatibleModel: if another model made the operand.
+        UnknownName: if there is no such feature map.
     """
 
     rewrites: ClassVar[bool] = True
@@ -55,9 +62,13 @@ class AdaSeka(Editor):
     top: int = 3
     layers: tuple[int, ...] | None = None
     min_difference: float | None = None
+    feature_map: FeatureMapName = "none"
+    phase: Phase = field(default="decode", kw_only=True)
 
     def __post_init__(self) -> None:
         """Checks ranges and makes everything hashable."""
+        super().__post_init__()
+        named_map(self.feature_map)
         object.__setattr__(self, "spans", as_spans(self.spans))
         object.__setattr__(self, "layers", as_indices("layers", self.layers))
         object.__setattr__(self, "gain", as_number("gain", self.gain))
@@ -80,27 +91,33 @@ class AdaSeka(Editor):
                 f"top: the experts hold {facts['rank']} columns, found {self.top}; learn them with "
                 "a larger rank"
             )
+        check_learned_with(self.feature_map, facts)
         masks = held_masks(memory, self.spans, chosen)
         if not self.gain:
             return memory
         floor = facts["min_difference"] if self.min_difference is None else self.min_difference
         queries = reader.read(memory, reader.encode(self.question), ("queries_pre",))
-        changed = {}
+        edits = {}
         for index, slots in masks.items():
-            spec, layer = memory.model.layers[index], memory.layers[index]
+            spec = memory.model.layers[index]
             experts = self._experts(operand, entries[index], len(facts["names"]), floor)
             heads = (experts != 0).flatten(1).any(dim=1)
             if bool(heads.any()):
                 query = _group_query(queries["queries_pre"][index], spec)
-                weights = expert_weights(query, experts.to(query))
-                added = partial(_combined, experts, self.gain * weights)
-                changed[index] = change_keys(layer, spec, slots, heads, added)
-        if not changed:
+                weights = self.gain * expert_weights(query, experts.to(query))
+                edits[index] = KeyEdit(spec, slots, heads, partial(self._change, experts, weights))
+        if not edits:
             raise InvalidArgument(
                 f"no head of the layers {chosen} moves by min_difference={floor} with the "
                 "question: the edit would do nothing; lower it, or learn other layers"
             )
-        return memory.with_layers(changed)
+        return edit_keys(memory, edits, self.phase, reader)
+
+    def _change(
+        self, experts: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor
+    ) -> torch.Tensor:
+        added = partial(_combined, experts, weights)
+        return named_map(self.feature_map).added(keys, added)
 
     def _experts(
         self, operand: KVMemory, entry: dict[str, Any], count: int, floor: float
@@ -140,7 +157,7 @@ def _group_query(queries: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
 
 
 def _combined(experts: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Returns ``P k`` of keys ``[kv_head, slot, dim]``."""
+    """Returns ``P k`` of keys, or of their features, ``[kv_head, slot, dim]``."""
     wide = experts.to(keys)
     sizes = wide.norm(dim=-1, keepdim=True)
     bases = wide / torch.where(sizes > 0, sizes, torch.ones_like(sizes))

@@ -3,7 +3,8 @@
 For each layer and KV head, h are the keys of answer tokens in the context alone and h± those
 behind a relevant or irrelevant question, before RoPE (after a key norm). ``Omega± = h^T h± / n =
 U S V^T``. P+ projects on the leading columns of U+ that hold a share of the sum of S, P- on the
-columns of U- behind those. Heads whose keys the question hardly moves are left out.
+columns of U- behind those. Heads whose keys the question hardly moves are left out. With a feature
+map, all of it is of ``phi(h)`` and ``phi(h±)``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from einops import einsum, rearrange
 
 from kvedit.editors.base import Reader
+from kvedit.editors.seka.featuremaps import FeatureMapName, named_map
 from kvedit.editors.seka.projectors import PROJECTORS, pack_bases
 from kvedit.editors.seka.samples import Samples, chosen_layers, sample_keys
 from kvedit.errors import InvalidArgument
@@ -43,6 +45,7 @@ def learn_projectors(
     measure: Measure = "mean",
     limit: int = 200,
     prefix: Sequence[int] = (),
+    feature_map: FeatureMapName = "none",
 ) -> KVMemory:
     """Returns an operand of kind "projectors"; defaults are those of the published code.
 
@@ -57,21 +60,25 @@ def learn_projectors(
             :meth:`~kvedit.editors.seka.samples.Samples.difference`.
         limit: triplets that are read at most.
         prefix: token ids before each text, such as a BOS; none by default, as in the code.
+        feature_map: phi of :data:`~kvedit.editors.seka.featuremaps.FEATURE_MAPS`; the editor must
+            have the same.
 
     Raises:
         InvalidArgument: if an option is out of range or the triplets can't be used.
+        UnknownName: if there is no such feature map.
     """
     if not 0 < share <= 1:
         raise InvalidArgument(f"share must lie in (0, 1], found {share}")
     chosen, texts = chosen_layers(model_spec, layers), _texts(triplets, limit)
     _check_filter(min_difference, measure)
-    samples = sample_keys(reader, model_spec, texts, chosen, prefix)
+    phi = named_map(feature_map).forward
+    samples = sample_keys(reader, model_spec, texts, chosen, prefix).mapped(phi)
     vectors, entries = {}, []
     for layer in chosen:
         vectors[layer], ranks = _bases(samples, layer, share)
         moved = samples.difference(layer, measure).tolist()
         entries.append({"layer": layer, **ranks, "difference": moved})
-    facts = {"share": share, "measure": measure, "min_difference": float(min_difference)}
+    facts = {"share": share, **_facts(measure, min_difference, feature_map)}
     options = {"layers": chosen, "prefix": list(prefix), **facts}
     return make_operand(
         PROJECTORS,
@@ -97,6 +104,7 @@ def learn_experts(
     measure: Measure = "mean",
     limit: int = 200,
     prefix: Sequence[int] = (),
+    feature_map: FeatureMapName = "none",
 ) -> KVMemory:
     """Returns an operand of kind "experts": U and S of Omega+ per set of triplets and head.
 
@@ -114,9 +122,11 @@ def learn_experts(
         measure: as for :func:`learn_projectors`.
         limit: triplets that are read at most, of each set.
         prefix: token ids before each text.
+        feature_map: as for :func:`learn_projectors`.
 
     Raises:
         InvalidArgument: if an option is out of range, or there is no set.
+        UnknownName: if there is no such feature map.
     """
     if not sets or rank < 1:
         raise InvalidArgument(
@@ -125,7 +135,10 @@ def learn_experts(
     chosen = chosen_layers(model_spec, layers)
     texts = {str(name): _texts(triplets, limit) for name, triplets in sets.items()}
     _check_filter(min_difference, measure)
-    samples = [sample_keys(reader, model_spec, one, chosen, prefix) for one in texts.values()]
+    phi = named_map(feature_map).forward
+    samples = [
+        sample_keys(reader, model_spec, one, chosen, prefix).mapped(phi) for one in texts.values()
+    ]
     kept = min(rank, *(model_spec.layers[layer].key_dim for layer in chosen))
     vectors, entries = {}, []
     for layer in chosen:
@@ -135,7 +148,7 @@ def learn_experts(
         ).float()
         moved = [one.difference(layer, measure).tolist() for one in samples]
         entries.append({"layer": layer, "difference": moved})
-    facts = {"rank": kept, "measure": measure, "min_difference": float(min_difference)}
+    facts = {"rank": kept, **_facts(measure, min_difference, feature_map)}
     options = {"layers": chosen, "prefix": list(prefix), **facts}
     return make_operand(
         EXPERTS,
@@ -209,6 +222,12 @@ def _check_filter(min_difference: float, measure: str) -> None:
             "expected min_difference of 0 or more and measure 'mean' or 'frobenius', found "
             f"{min_difference} and {measure!r}"
         )
+
+
+def _facts(measure: str, min_difference: float, name: str) -> dict[str, Any]:
+    facts = {"measure": measure, "min_difference": float(min_difference)}
+    # Left out where there is none: operands that were learned before keep their digests.
+    return facts if name == "none" else {**facts, "feature_map": name}
 
 
 def _lineage(

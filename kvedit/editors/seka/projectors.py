@@ -51,7 +51,7 @@ class LayerProjectors:
     passes: torch.Tensor
 
     def split(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns ``P+ k`` and ``P- k`` of keys ``[kv_head, slot, dim]``, in their dtype."""
+        """Returns ``P+ k`` and ``P- k`` of keys or features ``[kv_head, slot, dim]``."""
         positive, lead = (basis.to(keys) for basis in (self.positive, self.lead))
         return project(positive, keys), keys - project(lead, keys)
 
@@ -119,6 +119,8 @@ def read_projectors(
 
 def dense_projectors(operand: KVMemory, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns P+ and P- as matrices ``[kv_head, dim, dim]``, whether a head passes or not.
+
+    With a feature map they act on mapped keys.
 
     Raises:
         InvalidArgument: if it is no operand of kind "projectors".

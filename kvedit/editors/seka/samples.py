@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -39,6 +39,14 @@ class Samples:
     def tokens(self) -> int:
         """Number of rows."""
         return next(iter(self.alone.values())).shape[1]
+
+    def mapped(self, phi: Callable[[torch.Tensor], torch.Tensor]) -> Samples:
+        """Returns ``phi`` of all keys, in equal order."""
+        alone, relevant, irrelevant = (
+            {layer: phi(keys) for layer, keys in kept.items()}
+            for kept in (self.alone, self.relevant, self.irrelevant)
+        )
+        return Samples(alone, relevant, irrelevant, self.skipped)
 
     def difference(self, layer: int, measure: str) -> torch.Tensor:
         """Returns how far a head's keys move with the question, float64 ``[kv_head]``.

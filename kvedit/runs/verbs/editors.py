@@ -12,6 +12,10 @@ from kvedit.runs.verbs.base import Outcome, Verb
 
 __all__ = ["EDITORS"]
 
+_READS = {
+    "reader": "  (reads with the model)",
+    "by phase": "  (reads with the model in some phases)",
+}
 _MARKUP = re.compile(r"(?::\w+:)?`+~?([^`]*)`+")  # of docstrings: ``x`` and :class:`x`
 
 
@@ -37,9 +41,15 @@ def _described(name: str, editor: Any) -> dict[str, Any]:
     return {
         "editor": name,
         "summary": _MARKUP.sub(r"\1", documentation.split("\n", 1)[0]),
-        "reproducibility": editor.reproducibility,
+        "reproducibility": _class_of(editor),
         "parameters": [_parameter(field) for field in dataclasses.fields(editor)],
     }
+
+
+def _class_of(editor: Any) -> str:
+    # A property: editors with phases read with the model in some of them only.
+    found = editor.reproducibility
+    return found if isinstance(found, str) else "by phase"
 
 
 def _parameter(field: dataclasses.Field[Any]) -> dict[str, Any]:
@@ -64,8 +74,7 @@ def _signature(found: dict[str, Any]) -> str:
             words.append(f"{name}=…")
         else:
             words.append(f"[{name}]" if default is None else f"[{name}={default}]")
-    reads = "  (reads with the model)" if found["reproducibility"] == "reader" else ""
-    return " ".join([found["editor"], *words]) + reads
+    return " ".join([found["editor"], *words]) + _READS.get(found["reproducibility"], "")
 
 
 EDITORS = Verb(
