@@ -5,6 +5,16 @@ from kvedit.plots.attention import received, token_labels
 from kvedit.plots.differences import comparison
 from kvedit.plots.frontier import frontier
 from kvedit.plots.grid import heatmap
+from kvedit.plots.recall import recall_curves
 from kvedit.plots.sizes import norms
 
-__all__ = ["comparison", "frontier", "head_atlas", "heatmap", "norms", "received", "token_labels"]
+__all__ = [
+    "comparison",
+    "frontier",
+    "head_atlas",
+    "heatmap",
+    "norms",
+    "recall_curves",
+    "received",
+    "token_labels",
+]
