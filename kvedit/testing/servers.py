@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -18,6 +19,8 @@ from pathlib import Path
 __all__ = ["S3Server", "ServerUnavailable", "free_ports", "seaweedfs"]
 
 _PARTS = ("master", "volume", "filer", "s3")
+_PORTS = (20_000, 32_000)
+_TRIES = 3  # a port may be taken between the look and the start
 _READY = 60.0  # seconds until a server that doesn't answer is given up
 _LIMITS = ("-volume.max=32", "-master.volumeSizeLimitMB=64", "-master.telemetry=false")
 # One master needs no long election; the default of 10 s doubles when it comes back.
@@ -33,12 +36,20 @@ class ServerUnavailable(Exception):
 
 
 def free_ports(count: int) -> list[int]:
-    """Returns ports of 127.0.0.1 that nobody listens on now."""
+    """Returns ports of 127.0.0.1 that nobody listens on now.
+
+    They lie below those that systems give to outgoing connections and to whoever asks for any
+    port, so a server that ends and comes back finds its own still free.
+    """
+    dice = random.SystemRandom()
+    found: list[int] = []
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for opened in sockets:
-            opened.bind(("127.0.0.1", 0))
-        return [int(opened.getsockname()[1]) for opened in sockets]
+        while len(found) < count:
+            port, opened = dice.randrange(*_PORTS), stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                opened.bind(("127.0.0.1", port))
+                found.append(port)
+    return found
 
 
 class S3Server:
@@ -84,8 +95,17 @@ class S3Server:
         """Starts it and waits until it answers.
 
         Raises:
-            ServerUnavailable: if it ends, or doesn't answer within a minute.
+            ServerUnavailable: if it ends again and again, or doesn't answer within a minute.
         """
+        for left in reversed(range(_TRIES)):
+            try:
+                return self._start()
+            except ServerUnavailable:
+                if not left:
+                    raise
+                time.sleep(1.0)
+
+    def _start(self) -> None:
         (self._folder / "data").mkdir(parents=True, exist_ok=True)
         secrets = {
             "AWS_ACCESS_KEY_ID": self.access_key_id,
