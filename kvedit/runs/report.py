@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from kvedit.memory.show import human_bytes
+from kvedit.runs.stage import Artifact
 from kvedit.runs.steps import Answer, Drift, Question
 
 __all__ = ["COLUMNS", "Report", "Side", "align"]
@@ -54,6 +56,7 @@ class Report:
         lossless: largest difference of a logit between capture-then-ask and a full prefill.
         record: record digest in the store.
         version: version of the stored name.
+        store: folder of the store and the stored name.
         seconds: seconds of the steps of this process.
         second: the second process's reply, or None if there was none.
     """
@@ -71,8 +74,21 @@ class Report:
     lossless: float
     record: str
     version: int
+    store: tuple[str, str]
     seconds: Mapping[str, float]
     second: Mapping[str, Any] | None = None
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Columns of the table."""
+        return COLUMNS
+
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """The stored memory."""
+        path, name = self.store
+        facts = {"record": self.record, "content": self.after.digest, "version": self.version}
+        return (Artifact(name, Path(path), facts),)
 
     @property
     def gain(self) -> float | None:

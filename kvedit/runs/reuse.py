@@ -21,7 +21,7 @@ from kvedit.errors import InvalidArgument, KVEditError
 from kvedit.memory import KVMemory
 from kvedit.runs.targets import fill
 
-__all__ = ["Request", "main", "reuse", "reuse_elsewhere"]
+__all__ = ["Request", "main", "reuse", "reuse_elsewhere", "second_process"]
 
 Result = TypeVar("Result")
 
@@ -117,6 +117,42 @@ def reuse_elsewhere(request: Request) -> dict[str, Any]:
     if "error" in reply:
         raise KVEditError(f"the second process refused: {reply['error']}")
     return reply
+
+
+def second_process(
+    config: Mapping[str, Any],
+    ref: str,
+    questions: Sequence[str],
+    enabled: bool = True,
+    verify: Literal["full", "off"] = "full",
+    repeats: int = 3,
+) -> dict[str, Any] | None:
+    """Returns what a new process makes of a stored memory, or None if it is not enabled.
+
+    Args:
+        config: the run's config; its store, model and answer are used.
+        ref: the memory, best by its record digest.
+        questions: what to answer.
+        enabled: whether there is a second process.
+        verify: how the store checks.
+        repeats: how often each timing is taken.
+    """
+    if not enabled:
+        return None
+    import torch
+
+    return reuse_elsewhere(
+        Request(
+            store=config["store"]["path"],
+            ref=ref,
+            model=config["model"],
+            questions=questions,
+            answer=config["answer"],
+            verify=verify,
+            repeats=repeats,
+            threads=torch.get_num_threads(),
+        )
+    )
 
 
 def main() -> int:

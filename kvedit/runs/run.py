@@ -109,7 +109,7 @@ def _run(config: DictConfig) -> float | None:
     # Heavy imports wait until the config is composed: completion and --help stay fast.
     from hydra.core.hydra_config import HydraConfig
 
-    from kvedit.runs.pipeline import run
+    from kvedit.runs.pipelines import run
 
     try:
         report = run(plain(config), Path(HydraConfig.get().runtime.output_dir))
@@ -125,7 +125,7 @@ def _unsupported_python(python: tuple[int, ...], hydra: str) -> str | None:
         return None
     return (
         f"Hydra {hydra} has no working command line on Python {'.'.join(map(str, python))}: use "
-        "Python 3.11 to 3.13. The library, `kvedit` and kvedit.runs.pipeline.run work here as well"
+        "Python 3.11 to 3.13. The library, `kvedit` and kvedit.runs.pipelines.run work here as well"
     )
 
 

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from kvedit.editors import REGISTRY, build
 from kvedit.errors import InvalidArgument, KVEditError, UnknownName
-from kvedit.runs.pipeline import plan
+from kvedit.runs.pipelines import PIPELINES, plan
 from kvedit.runs.run import plain, recipes_folder
 from kvedit.runs.targets import check_keys, refuse_targets
 
@@ -47,9 +47,10 @@ def test_there_are_recipes_and_experiments():
 
 @pytest.mark.parametrize(("group", "name"), RUNNABLE, ids=lambda part: part)
 def test_every_recipe_and_experiment_is_a_valid_plan(group, name):
-    checked = plan(composed(f"{group}={name}"))
-    assert checked.questions
-    assert checked.editor
+    config = composed(f"{group}={name}")
+    checked = plan(config)
+    assert checked.config is config
+    assert config["pipeline"] in PIPELINES
 
 
 def test_every_editor_has_its_yaml():
