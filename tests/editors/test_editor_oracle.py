@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvedit.errors import InvalidArgument
 from kvedit.memory import KVMemory
 from kvedit.testing import (
     EDITOR_CASES,
@@ -16,13 +17,14 @@ from kvedit.testing import (
     family_names,
     recompute,
 )
+from kvedit.testing.compaction import COMPACTION_ROWS
 from kvedit.testing.tolerances import FP32_ORACLE, FP64_ORACLE, VISIBLE_EFFECT
 
 CASES = [case for case in EDITOR_CASES if case.oracle]
 by_name = {"ids": lambda case: case.name}
 every_case = pytest.mark.parametrize("case", CASES, **by_name)
 hard = [c for c in CASES if c.name in ("chain-of-three", "drop-kv-head", "emphasize-pasta")]
-
+COMPACTED = {row["name"] for row in COMPACTION_ROWS}
 
 Certify = Callable[[Any, KVMemory, bool], None]
 
@@ -103,4 +105,10 @@ def test_other_attention_backends_agree(
 @every_case
 def test_all_other_families(case: EditorCase, family: str, subject: Any, certify: Certify) -> None:
     found = subject(family)
+    windows = all(layer.window is not None for layer in found.memory.model.layers)
+    if windows and case.name in COMPACTED and "layers" not in case.parameters:
+        # Windows keep such a memory small by themselves; compaction says so and does nothing.
+        with pytest.raises(InvalidArgument, match="window"):
+            found.apply(case.build())
+        return
     certify(found, found.apply(case.build()), not case.identity)
