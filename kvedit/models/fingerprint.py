@@ -150,12 +150,14 @@ def _weights(model: PreTrainedModel, adapters: list[str]) -> str:
 def _adapter_names(model: PreTrainedModel) -> list[str]:
     if not getattr(model, "peft_config", None):
         return []
-    # PEFT's layers know which adapters act. The model's own method is transformers', and refuses
-    # to answer for releases of PEFT that are older than it likes.
+    # PEFT's layers know which adapters act. The model's own method may be transformers', which
+    # refuses to answer for releases of PEFT that are older than it likes.
     for module in model.modules():
         if hasattr(module, "adapter_layer_names"):
             return list(module.active_adapters)
-    return []
+    active = model.active_adapters  # virtual tokens: PEFT's wrapper answers, no layer does
+    names = active() if callable(active) else active
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _adapters(model: PreTrainedModel, adapters: list[str]) -> str:
