@@ -16,6 +16,7 @@ from kvedit.errors import (
     UnknownName,
     UnsupportedModel,
 )
+from kvedit.models.fingerprint import fingerprint
 from kvedit.models.tiny import REFUSED, refused_model, tiny_model
 
 TEXT = "The refund window is 60 days."
@@ -116,6 +117,15 @@ def test_learned_adapters_are_part_of_the_identity():
     peft.inject_adapter_in_model(config, model)
     with pytest.raises(IncompatibleModel, match="adapters"):
         kv.generate(model, tokenizer, memory, " a")
+
+
+def test_virtual_tokens_are_adapters_though_no_layer_holds_them():
+    peft = pytest.importorskip("peft", reason="the extra peft is not installed")
+    model, tokenizer = tiny_model("llama")
+    plain = fingerprint(model, tokenizer)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    assert plain.adapters == ""
+    assert fingerprint(peft.get_peft_model(model, config), tokenizer).adapters
 
 
 @pytest.mark.parametrize(
