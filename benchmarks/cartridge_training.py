@@ -1,21 +1,22 @@
 """Measures how fast cartridges are trained, beside the loop of PEFT's cartridge example.
 
-One document, one set of questions and answers, one start (its first p tokens), one epoch. kvedit
+Per round one document, its questions and answers, one start (its first p tokens), one epoch. kvedit
 reads the document once, asks it for the teacher's columns of all samples, and trains on packed
 rows. PEFT's example runs the teacher over document, question and answer in every step, and one
 sample at a time; its loop is written anew here on the peft package: cross-entropy to the teacher's
 20 likeliest tokens at all positions of the student's sequence, AdamW. Both run at the same
-constant rates, kvedit's default (2e-2), PEFT's (1e-3) and one between, and are timed from the text
+constant rate (of 2e-2, 5e-3 and 1e-3 the best for both is the default), and are timed from the text
 to the cartridge, teacher and start included; loading the model and looking at it are not.
 ``--pack 1`` gives each sample a row and a step of its own, so kvedit makes as many steps as PEFT.
 
     pip install 'kvedit[peft]'
     python benchmarks/cartridge_training.py
-    python benchmarks/cartridge_training.py --pack 64 256 --rounds 2 --json training.json
+    python benchmarks/cartridge_training.py --lr 2e-2 5e-3 1e-3 --seeds 0 --json training.json
 
 Tokens are counted alike: those of answers, end included. PEFT's loss has question tokens as well;
-they are given beside. Then both cartridges are asked the document's other questions. Figures of
-all rounds are printed; speed is by CPU seconds, since other work moves the wall clock.
+they are given beside. Then all cartridges are asked the document's other questions. A round is a
+document and a seed (of the order of samples); who goes first changes from round to round. Speed is
+by CPU seconds, since other work moves the wall clock.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -35,11 +36,12 @@ import torch
 import kvedit as kv
 from kvedit.cartridges import Sample, TrainPlan, initial, train
 from kvedit.cartridges.study import context_of, samples_from
+from kvedit.evals.bootstrap import mean, paired_difference
 from kvedit.evals.recall import RecallQuestion, RecallReport, recall
 from kvedit.interop.peft import from_peft
 from kvedit.memory import KVMemory
 
-DOCUMENTS = Path(__file__).resolve().parents[1] / "experiments" / "warm_start" / "documents"
+DOCUMENTS = Path(__file__).resolve().parents[1] / "experiments" / "cartridges" / "documents"
 TOP_K = 20
 ANSWER_TOKENS = 16
 
@@ -155,73 +157,118 @@ def _imported(work: Work, student: Any, base: Any, tokens: torch.Tensor) -> KVMe
     return memory
 
 
+@dataclass(frozen=True)
+class Round:
+    """One document and seed: every arm's training, and what its cartridge recalls."""
+
+    document: str
+    seed: int
+    timed: dict[str, Timed]
+    report: RecallReport
+
+
 def main() -> None:
     """Trains in turns, asks, prints."""
     options = _options()
     torch.set_num_threads(1)
     model, tokenizer = kv.load(options.model)
     base, _ = kv.load(options.model)  # peft changes the model that it is given
-    text = (DOCUMENTS / f"{options.document}.txt").read_text(encoding="utf-8").strip()
-    facts = json.loads((DOCUMENTS / f"{options.document}.json").read_text(encoding="utf-8"))
-    context = context_of(tokenizer, options.document.replace("_", " ").title(), text)
+    rounds: list[Round] = []
+    for seed in options.seeds:
+        for document in options.documents:
+            rounds.append(_round(model, tokenizer, base, document, seed, len(rounds), options))
+            if options.json:
+                _write(Path(options.json), rounds)
+    _print(rounds)
+
+
+def _round(
+    model: Any, tokenizer: Any, base: Any, document: str, seed: int, turn: int, options: Any
+) -> Round:
+    text = (DOCUMENTS / f"{document}.txt").read_text(encoding="utf-8").strip()
+    facts = json.loads((DOCUMENTS / f"{document}.json").read_text(encoding="utf-8"))
+    context = context_of(tokenizer, document.replace("_", " ").title(), text)
     pairs = [(q, a) for fact in facts for q, a in fact["train"]][: options.samples]
-    work = Work(model, tokenizer, context, pairs, options.slots, options.seed)
+    work = Work(model, tokenizer, context, pairs, options.slots, seed)
     full = kv.capture(model, tokenizer, context)  # also: the model is looked at before any timing
     samples = samples_from(model, tokenizer, pairs, full, top_k=TOP_K)
-    print(f"{full.slots} tokens, {options.slots} slots, {len(samples)} samples, seed {work.seed}")
+    print(f"round {turn}: {document}, seed {seed}: {full.slots} tokens, {options.slots} slots, "
+          f"{len(samples)} samples", flush=True)  # fmt: skip
     arms: dict[str, tuple[Any, ...]] = {}
     for lr in options.lr:
         for pack in options.pack:
             arms[f"kvedit, lr {lr:g}, pack {pack}"] = (kvedit_run, lr, pack)
         arms[f"peft, lr {lr:g}"] = (peft_run, lr, samples, base)
-    rounds = [_round(work, arms, turn) for turn in range(options.rounds)]
+    timed = _timed(work, arms, turn)
     start = initial.first_tokens(model, tokenizer, full, options.slots)
-    memories = {"start": start, **{name: one.memory for name, one in rounds[-1].items()}}
+    memories = {"start": start, **{name: one.memory for name, one in timed.items()}}
     probes = [RecallQuestion(f["probe"], tuple(f["answers"]), grading=("f1",)) for f in facts]
     report = recall(model, tokenizer, memories, probes, full=full, max_new_tokens=ANSWER_TOKENS)
-    _print(rounds, report)
-    if options.json:
-        _write(Path(options.json), rounds, report)
+    return Round(document, seed, timed, report)
 
 
-def _round(work: Work, arms: dict[str, tuple[Any, ...]], turn: int) -> dict[str, Timed]:
-    names = list(arms)[:: -1 if turn % 2 else 1]
+def _timed(work: Work, arms: dict[str, tuple[Any, ...]], turn: int) -> dict[str, Timed]:
     found = {}
-    for name in names:
+    for name in list(arms)[:: -1 if turn % 2 else 1]:
         run, *given = arms[name]
         found[name] = run(work, *given)
         one = found[name]
         teacher = "" if one.teacher_cpu is None else f", teacher {one.teacher_cpu:.1f} s of it"
-        print(f"round {turn}: {name}: {one.steps} steps, {one.supervised} answer tokens "
+        print(f"  {name}: {one.steps} steps, {one.supervised} answer tokens "
               f"({one.all_positions} with loss), CPU {one.cpu:.1f} s{teacher}, wall "
               f"{one.wall:.1f} s", flush=True)  # fmt: skip
     return {name: found[name] for name in arms}
 
 
-def _print(rounds: list[dict[str, Timed]], report: RecallReport) -> None:
+def _cases(rounds: list[Round], name: str, metric: str) -> dict[str, float]:
+    """Returns document and question to the mean over seeds: questions are the cases."""
+    found: dict[str, list[float]] = {}
+    for one in rounds:
+        for key, value in one.report.values(name, metric).items():
+            found.setdefault(f"{one.document}/{key}", []).append(value)
+    return {key: fmean(values) for key, values in found.items()}
+
+
+def _print(rounds: list[Round]) -> None:
+    arms, names = list(rounds[0].timed), list(rounds[0].report.names)
     print(f"\n{'':28} {'tokens/CPU s':>12} {'KL':>24} {'KL, gold':>24} {'NLL, gold':>9}")
-    for name in report.names:
-        speed = f"{fmean(r[name].speed for r in rounds):.2f}" if name in rounds[0] else ""
-        kl, gold = (str(report.mean(name, metric)) for metric in ("kl", "kl_gold"))
-        nll = report.mean(name, "nll_gold").value
-        print(f"{name:28} {speed:>12} {kl:>24} {gold:>24} {nll:9.3f}")
-    print(f"\n{'kvedit against peft':48} {'speed':>6} {'KL':>26} {'KL, gold':>26}")
-    theirs = [name for name in rounds[0] if name.startswith("peft")]
-    for ours in (name for name in rounds[0] if name not in theirs):
+    for name in names:
+        speed = f"{median(r.timed[name].speed for r in rounds):.1f}" if name in arms else ""
+        kl, gold, nll = (
+            mean(list(_cases(rounds, name, metric).values()))
+            for metric in ("kl", "kl_gold", "nll_gold")
+        )
+        print(f"{name:28} {speed:>12} {kl!s:>24} {gold!s:>24} {nll.value:9.3f}")
+    print(f"\n{'kvedit against peft':48} {'speed':>20} {'KL':>26} {'KL, gold':>26}")
+    theirs = [name for name in arms if name.startswith("peft")]
+    for ours in (name for name in arms if name not in theirs):
         for other in theirs:
-            ratio = fmean(r[ours].speed / r[other].speed for r in rounds)
-            apart = [str(report.difference(ours, other, metric)) for metric in ("kl", "kl_gold")]
-            print(f"{f'{ours} - {other}':48} {ratio:6.2f} {apart[0]:>26} {apart[1]:>26}")
-    print(f"Answer tokens per CPU second. KL to the full context, nats per token, on {report.n}")
-    print("held-out questions, after the last round; 95 % intervals over questions, paired below.")
+            each = sorted(r.timed[ours].speed / r.timed[other].speed for r in rounds)
+            ratio = f"{median(each):.2f} ({each[0]:.2f} to {each[-1]:.2f})"
+            apart = [
+                str(paired_difference(_cases(rounds, ours, m), _cases(rounds, other, m)))
+                for m in ("kl", "kl_gold")
+            ]
+            print(f"{f'{ours} - {other}':48} {ratio:>20} {apart[0]:>26} {apart[1]:>26}")
+    print(f"{len(rounds)} rounds. Answer tokens per CPU second, median; ratios of pairs, median, "
+          f"least and most.\nKL to the full context, nats per token, on "
+          f"{len(_cases(rounds, names[0], 'kl'))} held-out questions, means over seeds first;\n"
+          "95 % bootstrap intervals over questions, paired below.")  # fmt: skip
 
 
-def _write(path: Path, rounds: list[dict[str, Timed]], report: RecallReport) -> None:
-    timed = [
-        {name: {k: v for k, v in vars(one).items() if k != "memory"} for name, one in r.items()}
-        for r in rounds
+def _write(path: Path, rounds: list[Round]) -> None:
+    data = [
+        {
+            "document": one.document,
+            "seed": one.seed,
+            "timed": {
+                name: {k: v for k, v in vars(timed).items() if k != "memory"}
+                for name, timed in one.timed.items()
+            },
+            "recall": one.report.to_json(),
+        }
+        for one in rounds
     ]
-    data = {"rounds": timed, "recall": report.to_json()}
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
@@ -229,13 +276,12 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     known = sorted(path.stem for path in DOCUMENTS.glob("*.txt"))
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--document", default=known[0], choices=known)
+    parser.add_argument("--documents", nargs="+", default=known, choices=known)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--slots", type=int, default=60)
-    parser.add_argument("--lr", type=float, nargs="+", default=[2e-2, 5e-3, 1e-3], help="of both")
-    parser.add_argument("--pack", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, nargs="+", default=[5e-3], help="of both")
+    parser.add_argument("--pack", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", help="file for all figures")
     return parser.parse_args()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvedit.cartridges.mappings import known_keys
 from kvedit.errors import InvalidArgument
 from kvedit.memory import KVMemory, LayerKV
 
@@ -57,7 +58,7 @@ class Freeze:
     @classmethod
     def of(cls, given: Freeze | Mapping[str, Any]) -> Freeze:
         """Returns a mapping, as a config file holds it, as a Freeze."""
-        return given if isinstance(given, Freeze) else cls(**given)
+        return given if isinstance(given, Freeze) else cls(**known_keys("freeze", cls, given))
 
     def trained(self, memory: KVMemory) -> dict[int, torch.Tensor]:
         """Returns layer to trained slots, int64 ``[trained]``; layers that stay are missing.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kvedit.cartridges.distillation import token_losses
+from kvedit.cartridges.mappings import known_keys
 from kvedit.cartridges.outputs import keeping_outputs, output_errors
 from kvedit.cartridges.packed_model import PackedModel
 from kvedit.cartridges.packing import Batch
@@ -60,7 +61,8 @@ class Objective:
     def __post_init__(self) -> None:
         """Checks the weights."""
         weights = (self.distill, self.next_token, self.attention)
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+        good = all(isinstance(w, int | float) and math.isfinite(w) and w >= 0 for w in weights)
+        if not good or not any(weights):
             raise InvalidArgument(
                 f"an objective needs weights from 0, one of them above it, found {self}"
             )
@@ -68,7 +70,9 @@ class Objective:
     @classmethod
     def of(cls, given: Objective | Mapping[str, Any]) -> Objective:
         """Returns a mapping, as a config file holds it, as an Objective."""
-        return given if isinstance(given, Objective) else cls(**given)
+        if isinstance(given, Objective):
+            return given
+        return cls(**known_keys("objective", cls, given))
 
     def losses(
         self, base: PackedModel, prefix: Prefix, batch: Batch, teacher: Prefix | None = None

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from kvedit.cartridges.freezing import Freeze
+from kvedit.cartridges.mappings import known_keys
 from kvedit.cartridges.objective import Objective
 from kvedit.cartridges.schedule import SCHEDULES, Schedule
 from kvedit.errors import InvalidArgument
@@ -112,12 +113,15 @@ class TrainPlan:
 
     def _check_floats(self) -> None:
         ranges: dict[str, tuple[Any, bool]] = {
-            "lr": ("above 0", math.isfinite(self.lr) and self.lr > 0),
-            "clip": ("above 0", self.clip is None or self.clip > 0),
-            "epsilon": ("above 0", self.epsilon > 0),
-            "final": ("0 to 1", 0 <= self.final <= 1),
-            "distractors": ("0 to 1", 0 <= self.distractors <= 1),
-            "betas": ("two from 0 below 1", [0 <= b < 1 for b in self.betas] == [True] * 2),
+            "lr": ("a finite number above 0", _above(self.lr) and math.isfinite(self.lr)),
+            "clip": ("a number above 0, or None", self.clip is None or _above(self.clip)),
+            "epsilon": ("a number above 0", _above(self.epsilon)),
+            "final": ("a number from 0 to 1", _share(self.final)),
+            "distractors": ("a number from 0 to 1", _share(self.distractors)),
+            "betas": (
+                "two numbers from 0 below 1",
+                [_share(b) and b < 1 for b in self.betas] == [True] * 2,
+            ),
             "schedule": (", ".join(SCHEDULES), self.schedule in SCHEDULES),
             "precision": ("model, bf16", self.precision in ("model", "bf16")),
             "masters": ("float32, memory", self.masters in ("float32", "memory")),
@@ -131,14 +135,12 @@ class TrainPlan:
         """Returns a mapping, as a config file holds it, as a plan.
 
         Raises:
-            InvalidArgument: if it names what a plan does not have.
+            InvalidArgument: if it is no mapping, names what a plan does not have, or a value is out
+                of range.
         """
         if isinstance(given, TrainPlan):
             return given
-        try:
-            return cls(**given)
-        except TypeError as error:
-            raise InvalidArgument(f"plan: {error}") from error
+        return cls(**known_keys("plan", cls, given))
 
     def parameters(self) -> dict[str, Any]:
         """Returns the plan as plain data; :meth:`of` reads it back."""
@@ -147,3 +149,11 @@ class TrainPlan:
     def meaning(self) -> dict[str, Any]:
         """Returns what of the plan the result depends on."""
         return {name: value for name, value in asdict(self).items() if name not in _FREE}
+
+
+def _above(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
+
+
+def _share(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 1

@@ -18,7 +18,7 @@ from kvedit.cartridges.sample import Sample
 from kvedit.cartridges.trainable import TrainableMemory
 from kvedit.cartridges.trainer import OnEval, Surroundings, Trainer
 from kvedit.cartridges.workers import Workers
-from kvedit.errors import InvalidArgument, UnsupportedModel
+from kvedit.errors import IncompatibleModel, InvalidArgument, UnsupportedModel
 from kvedit.memory import KVMemory
 from kvedit.memory.digest import canonical_json, digest_bytes
 from kvedit.models.route import plain_name
@@ -62,7 +62,8 @@ def train(
     Args:
         model: the model that made the start, in eval mode.
         start: where to start from; it never changes.
-        samples: what follows the memory, and what a teacher says there.
+        samples: what follows the memory, and what a teacher says there. A
+            :class:`~kvedit.cartridges.study.SampleSet` says which model made it.
         plan: how to train; a mapping as a config file holds it; None for the defaults.
         tokenizer: the model's tokenizer, for the compatibility gate.
         held_out: samples to evaluate on; they decide on early stopping and on the best step.
@@ -78,11 +79,12 @@ def train(
     Raises:
         InvalidArgument: if there are no samples, nothing is left to train, the folder holds
             another run, or the loss is no number any more.
-        IncompatibleModel: if a memory, or the folder's checkpoints, are of another model.
+        IncompatibleModel: if a memory, samples, or the folder's checkpoints are of another model.
         ContextTooLong: if a sample does not fit behind the memory.
         UnsupportedModel: if the model has a mechanism that is not understood, or is sharded.
     """
     found = TrainPlan() if plan is None else TrainPlan.of(plan)
+    sets = (samples, held_out)
     given, kept = list(samples), list(held_out)
     if not given:
         raise InvalidArgument("there are no samples to train on")
@@ -97,6 +99,8 @@ def train(
     with open_packed(model, tokenizer, found.recompute) as base:
         for memory in (start, *extra):
             admit(memory, base.spec, model.dtype, strict)
+        if strict:
+            _check_teacher(base, sets)
         _check_vocabulary(base, [*given, *kept])
         identity = run_identity(base.spec, start, given, found, kept, distractors, teacher)
         workers.agree(digest_bytes(canonical_json(identity)))
@@ -124,6 +128,27 @@ def _refuse_no_backward(model: PreTrainedModel) -> None:
 def _student(start: KVMemory, plan: TrainPlan, device: torch.device) -> TrainableMemory:
     master = torch.float32 if plan.masters == "float32" else None
     return TrainableMemory(start, plan.freeze, master, device)
+
+
+def _check_teacher(base: PackedModel, sets: Iterable[Iterable[Sample]]) -> None:
+    """Raises if a folder of samples says that another model made them."""
+    live = dataclasses.asdict(base.spec.fingerprint)
+    for each in sets:
+        made = getattr(each, "facts", {}).get("model")
+        if not isinstance(made, Mapping):
+            continue
+        different = [
+            f"{name}: samples {str(made[name])[:18] or 'none'}, model {value[:18] or 'none'}"
+            for name, value in live.items()
+            # An unknown tokenizer fits all, as for memories.
+            if made.get(name, value) != value and (name != "tokenizer" or (made[name] and value))
+        ]
+        if different:
+            raise IncompatibleModel(
+                f"the samples in {getattr(each, 'folder', 'memory')} were made with another model "
+                f"than {base.spec.name}: {'; '.join(different)}. Make samples with this model; "
+                "strict=False takes them as another teacher's"
+            )
 
 
 def _check_vocabulary(base: PackedModel, samples: Sequence[Sample]) -> None:

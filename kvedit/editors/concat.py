@@ -12,7 +12,7 @@ import torch
 from kvedit.editors.base import Editor, Reader
 from kvedit.editors.shift import Shift
 from kvedit.errors import IncompatibleModel, InvalidArgument
-from kvedit.memory import KVMemory, LayerKV, Message, Source
+from kvedit.memory import KVMemory, LayerKV, Message, ModelSpec, Source
 from kvedit.memory.operand import operand_kind
 
 __all__ = ["Concat"]
@@ -109,10 +109,13 @@ class Concat(Editor):
 def _check_pair(first: KVMemory, other: KVMemory) -> None:
     different = first.model.fingerprint.differences(other.model.fingerprint)
     if different or first.model.layers != other.model.layers:
-        reasons = [f"{name}: {a[:18]}, {b[:18]}" for name, (a, b) in different.items()]
+        # What can be pictured first: digests say that models differ, and not how.
+        reasons = _layout_reasons(first.model, other.model)
+        reasons += [f"{name}: {a[:18]}, {b[:18]}" for name, (a, b) in different.items()]
         raise IncompatibleModel(
             f"memories of {first.model.name} and {other.model.name} can't stand together: "
             + ("; ".join(reasons) or "their layers or RoPE settings differ")
+            + "; join memories that one model made"
         )
     if first.dtype != other.dtype:
         raise InvalidArgument(
@@ -124,6 +127,17 @@ def _check_pair(first: KVMemory, other: KVMemory) -> None:
             f"memories have layers {list(first.layers)} and {list(other.layers)}: all must have "
             "the same"
         )
+
+
+def _layout_reasons(first: ModelSpec, other: ModelSpec) -> list[str]:
+    """Returns the first difference of how many layers, heads and dims there are."""
+    if len(first.layers) != len(other.layers):
+        return [f"layers: {len(first.layers)}, {len(other.layers)}"]
+    for index, (a, b) in enumerate(zip(first.layers, other.layers, strict=True)):
+        for name in ("kv_heads", "query_heads", "key_dim", "value_dim"):
+            if getattr(a, name) != getattr(b, name):
+                return [f"layer {index} {name}: {getattr(a, name)}, {getattr(b, name)}"]
+    return []
 
 
 def _joined_source(sources: Sequence[Source | None]) -> tuple[Source | None, list[int | None]]:

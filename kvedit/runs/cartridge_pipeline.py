@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvedit.cartridges import Freeze, Objective, Sample, TrainPlan, train
+from kvedit.cartridges import Sample, TrainPlan, train
 from kvedit.cartridges.study import SampleSet
 from kvedit.errors import InvalidArgument
 from kvedit.memory import KVMemory
 from kvedit.runs import sections
 from kvedit.runs.asking import Asked, read_recall
+from kvedit.runs.beside import Other, read_others
 from kvedit.runs.material import Material, read_material
 from kvedit.runs.recall_report import RecallRun
 from kvedit.runs.recalling import NOTHING, TRUNCATION, Recalling, sized, truncated
 from kvedit.runs.stage import Inner, Say, Stage, perform
 from kvedit.runs.starting import Around, check_start, start
-from kvedit.runs.studying import Study, read_study, study
+from kvedit.runs.steps import operands
+from kvedit.runs.studying import Study, check_turns, read_study, study
 from kvedit.runs.targets import check_keys, fill
+from kvedit.runs.training import read_plan
 
 __all__ = ["Plan", "plan", "run"]
 
 SECTIONS = ("start", "train", "samples", "recall")
-_OPTIONAL = ("editor", "study")
+_OPTIONAL = ("editor", "study", "distractors")
 _START, _TRAINED = "start", "trained"
 
 
@@ -38,6 +42,7 @@ class Plan:
         study: how samples are made, or None where there are some.
         editor: what a start is edited by, or None.
         train: how it is trained.
+        others: memories that stand beside the cartridge in some steps.
         asked: what memories are asked.
     """
 
@@ -46,6 +51,7 @@ class Plan:
     study: Study | None
     editor: Any
     train: TrainPlan
+    others: tuple[Other, ...]
     asked: Asked
 
 
@@ -64,7 +70,9 @@ def plan(config: Mapping[str, Any]) -> Plan:
             )
         made = fill("study", read_study, config["study"], material)
     asked = fill("recall", read_recall, config["recall"])
-    return Plan(config, material, made, editor, _train_plan(config["train"]), asked)
+    training = read_plan(config["train"])
+    others = read_others(config.get("distractors"), training.distractors)
+    return Plan(config, material, made, editor, training, others, asked)
 
 
 def run(config: Mapping[str, Any], folder: Path, say: Say = print) -> RecallRun:
@@ -76,7 +84,14 @@ def run(config: Mapping[str, Any], folder: Path, say: Say = print) -> RecallRun:
 def _report(checked: Plan, stage: Stage) -> RecallRun:
     run = Recalling.load(checked.config, checked.asked, stage)
     full = run.capture(checked.material.context(run.loaded.tokenizer))
-    around = Around(run.loaded, full, checked.editor, checked.config["store"]["path"], stage.say)
+    path = checked.config["store"]["path"]
+    stored = partial(sections.get, path)
+
+    def supplied(editor: Any) -> Sequence[KVMemory]:
+        return operands(run.loaded, editor, path, stage.say)
+
+    around = Around(run.loaded, full, checked.editor, supplied, stored)
+    others = [_beside(other, run, number, stored) for number, other in enumerate(checked.others)]
     begun = stage.step("start", lambda: start(around, checked.config["start"]), sized)
     samples, held_out = _samples(checked, run, full)
     tracker = stage.inner()
@@ -84,8 +99,8 @@ def _report(checked: Plan, stage: Stage) -> RecallRun:
         "train",
         lambda: train(
             run.loaded.model, begun, samples, checked.train, tokenizer=run.loaded.tokenizer,
-            held_out=held_out, folder=stage.folder / "checkpoints", tracker=tracker,
-            teacher=full if checked.train.objective.attention else None,
+            held_out=held_out, distractors=others, folder=stage.folder / "checkpoints",
+            tracker=tracker, teacher=full if checked.train.objective.attention else None,
         ),
         lambda memory: _losses(tracker),
     )  # fmt: skip
@@ -99,12 +114,22 @@ def _report(checked: Plan, stage: Stage) -> RecallRun:
     kept = (run.keep(trained, found, _TRAINED),)
     facts = {
         "start": checked.config["start"]["start"],
+        "distractors": len(others),
         "samples": len(samples),
         "samples held out": len(held_out),
         "supervised tokens": sum(len(sample) - sample.start for sample in samples),
         **{f"held-out {name}": value for name, value in _losses(tracker).items()},
     }
     return run.report(trained, full, found, kept, _TRAINED, TRUNCATION, facts)
+
+
+def _beside(
+    other: Other, run: Recalling, number: int, stored: Callable[[str], KVMemory]
+) -> KVMemory:
+    def captured(material: Material) -> KVMemory:
+        return run.capture(material.context(run.loaded.tokenizer), f"distractor/{number}")
+
+    return other.memory(stored, captured)
 
 
 def _samples(
@@ -114,12 +139,16 @@ def _samples(
     wanted, stage = checked.study, run.stage
     if wanted is None:
         made = SampleSet(section["folder"])
+        check_turns(run.loaded, made, full.source)
     else:
         made = stage.step(
             "study",
-            lambda: study(run.loaded, checked.material, wanted, stage, full.source),
+            lambda: study(
+                run.loaded, checked.material, wanted, stage.folder / "samples",
+                source=full.source, tracker=stage.inner(),
+            ),
             lambda found: {"samples": len(found), "attempts": found.attempts},
-        )
+        )  # fmt: skip
     share = section.get("held_out")
     return made.split(share) if share else (made, ())
 
@@ -138,14 +167,6 @@ def _editor(config: Mapping[str, Any]) -> Any:
             "start=editor begins with what an editor leaves: choose one (editor=attention_matching)"
         )
     return sections.build_editor(config["editor"])
-
-
-def _train_plan(section: Any) -> TrainPlan:
-    check_keys("train", TrainPlan, section)
-    # Their constructors would not name the section.
-    check_keys("train.freeze", Freeze, section.get("freeze", {}))
-    check_keys("train.objective", Objective, section.get("objective", {}))
-    return TrainPlan.of(section)
 
 
 def _losses(tracker: Inner) -> dict[str, float]:

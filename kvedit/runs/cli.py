@@ -18,6 +18,7 @@ from kvedit.runs.verbs.bench import BENCH
 from kvedit.runs.verbs.calibrate import CALIBRATE
 from kvedit.runs.verbs.capture import CAPTURE
 from kvedit.runs.verbs.carry import EXPORT, IMPORT
+from kvedit.runs.verbs.compose import COMPOSE
 from kvedit.runs.verbs.diff import DIFF
 from kvedit.runs.verbs.doctor import DOCTOR
 from kvedit.runs.verbs.edit import EDIT
@@ -28,6 +29,8 @@ from kvedit.runs.verbs.names import ANNOTATE, BRANCH, PIN, ROLLBACK, TAG, UNPIN
 from kvedit.runs.verbs.profile import PROFILE
 from kvedit.runs.verbs.remote import EVICT, PULL, PUSH, SYNC
 from kvedit.runs.verbs.replay import REPLAY
+from kvedit.runs.verbs.study import STUDY
+from kvedit.runs.verbs.train import TRAIN
 from kvedit.runs.verbs.upkeep import DU, FSCK, GC, STATS
 
 __all__ = ["VERBS", "build_parser", "main"]
@@ -36,6 +39,9 @@ VERBS: tuple[Verb, ...] = (
     CAPTURE,
     EDIT,
     CALIBRATE,
+    STUDY,
+    TRAIN,
+    COMPOSE,
     ASK,
     SCORE,
     LS,

@@ -154,10 +154,7 @@ def _memory(checked: Plan, name: str, run: Recalling) -> KVMemory:
 
 
 def _stored(path: str, ref: str, captured: KVMemory, name: str) -> KVMemory:
-    from kvedit.store import Store
-
-    with Store(path) as store:
-        found: KVMemory = store.get(ref)
+    found = sections.get(path, ref)
     if found.source is None or found.source.text != captured.source.text:  # type: ignore[union-attr]
         raise InvalidArgument(
             f"parts.{name}: the stored memory {ref!r} stands for another text than parts.{name} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ class Material:
 
 
 def read_material(
-    path: str | None = None,
+    path: str | Sequence[str] | None = None,
     text: str | None = None,
     role: str | None = None,
     instruction: str | None = None,
@@ -45,7 +46,7 @@ def read_material(
     """Returns a ``document`` section as material.
 
     Args:
-        path: a ``.txt``, ``.md`` or ``.json`` file, or a folder of them; see
+        path: a ``.txt``, ``.md`` or ``.json`` file, a folder of them, or a list of both; see
             :meth:`~kvedit.cartridges.study.Corpus.read`.
         text: the text; ignored where a path is given.
         role: ``"system"`` for a chat's first message; None for plain text.
@@ -66,8 +67,11 @@ def read_material(
             "no document: choose a recipe (recipes=train_cartridge), or set document.path or "
             "document.text"
         )
-    corpus = Corpus.read(path) if path else Corpus.of(Document(title, str(text).strip()))
-    return Material(corpus, _intro(instruction), None if role == "system" else False)
+    chat = None if role == "system" else False
+    if path is not None:
+        paths = [path] if isinstance(path, str) else path
+        return Material(Corpus.read(*paths), _intro(instruction), chat)
+    return Material(Corpus.of(Document(title, str(text).strip())), _intro(instruction), chat)
 
 
 def _intro(instruction: str | None) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvedit.errors import InvalidArgument, KVEditError
+from kvedit.runs.config_problems import config_problem
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -55,6 +56,12 @@ def main() -> int:
         return _refuse(refused.reason, 1)
     except KeyboardInterrupt:
         return _refuse("interrupted", _INTERRUPTED)
+    except Exception as error:
+        # Hydra lets some mistakes in configs through as they are.
+        problem = config_problem(error, sys.argv[1:])
+        if asked or problem is None:
+            raise
+        return _refuse(problem, 2)
     return 0
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvedit.memory import KVMemory
     from kvedit.store import Record
 
-__all__ = ["SHARED", "build_editor", "check_known", "check_shared", "put"]
+__all__ = ["SHARED", "build_editor", "check_known", "check_shared", "get", "put"]
 
 SHARED = (
     "answer", "capture", "document", "model", "questions", "reuse", "store", "task", "threads",
@@ -85,6 +85,12 @@ def build_editor(section: Mapping[str, Any], name: str = "editor") -> Any:
     chosen = parameters.pop("editor", "")
     check_keys(name, REGISTRY.load(chosen), parameters)
     return build(editor=chosen, **parameters)
+
+
+def get(path: str, ref: str) -> KVMemory:
+    """Returns the memory of a reference in the store at ``path``."""
+    with Store(path) as store:
+        return store.get(ref)
 
 
 def put(

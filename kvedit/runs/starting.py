@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from kvedit.cartridges import initial
 from kvedit.cartridges.initial.summarised import PROMPT
 from kvedit.errors import InvalidArgument, UnknownName
 from kvedit.memory import KVMemory
-from kvedit.runs.steps import Loaded, edit, operands
+from kvedit.runs.steps import Loaded, edit
 from kvedit.runs.targets import check_keys
 
 __all__ = ["STARTS", "Around", "check_start", "start"]
@@ -23,16 +23,16 @@ class Around:
     Args:
         loaded: the model.
         full: the memory of the whole corpus.
-        editor: the config's editor, or None.
-        store: folder of the store.
-        say: takes progress.
+        editor: what the start ``editor`` edits by, or None.
+        operands: returns an editor's operands.
+        stored: returns the memory of a reference.
     """
 
     loaded: Loaded
     full: KVMemory
     editor: Any
-    store: str
-    say: Callable[[str], None]
+    operands: Callable[[Any], Sequence[KVMemory]]
+    stored: Callable[[str], KVMemory]
 
 
 def start(around: Around, section: Mapping[str, Any]) -> KVMemory:
@@ -63,7 +63,7 @@ def _standing(made: KVMemory, around: Around) -> KVMemory:
 
 
 def _editor(around: Around) -> KVMemory:
-    others = operands(around.loaded, around.editor, around.store, around.say)
+    others = around.operands(around.editor)
     return edit(around.loaded, around.full, around.editor, others)
 
 
@@ -108,11 +108,11 @@ def _summary(around: Around, slots: int, prompt: str = PROMPT) -> KVMemory:
 
 
 def _stored(around: Around, ref: str) -> KVMemory:
-    from kvedit.store import Store
-
-    with Store(around.store) as store:
-        found: KVMemory = store.get(ref)
-    return found if found.source is not None else _standing(found, around)
+    found, wanted = around.stored(ref), around.full.source
+    same = found.source is not None and wanted is not None and found.source.text == wanted.text
+    # A cartridge of this corpus goes on as it is; one of another corpus, or of none, becomes one
+    # of this: prompts must follow it as samples do.
+    return found if same else _standing(found, around)
 
 
 STARTS: Mapping[str, Callable[..., KVMemory]] = {

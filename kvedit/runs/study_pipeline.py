@@ -85,6 +85,29 @@ class StudyReport:
     gain = None
     columns = ("study", "number")
 
+    @classmethod
+    def of(
+        cls, task: str, model: str, made: SampleSet, wanted: int, seconds: Mapping[str, float]
+    ) -> StudyReport:
+        """Returns the report of a set; ``seconds`` has those of the step ``study``."""
+        kinds = made.column("kind")
+        samples = list(made)
+        return cls(
+            task=task,
+            model=model,
+            folder=str(made.folder),
+            digest=made.digest,
+            samples=len(made),
+            wanted=wanted,
+            attempts=made.attempts,
+            dropped=dict(made.dropped),
+            kinds={kind: kinds.count(kind) for kind in sorted(set(kinds))},
+            tokens=sum(map(len, samples)),
+            supervised=sum(len(sample) - sample.start for sample in samples),
+            shown=[(sample.question, sample.answer) for sample in samples[:_SHOWN]],
+            seconds=seconds,
+        )
+
     @property
     def artifacts(self) -> tuple[Artifact, ...]:
         """The folder of samples."""
@@ -134,25 +157,14 @@ def _report(checked: Plan, stage: Stage) -> StudyReport:
     model = checked.config["model"]
     loaded = stage.step("load", lambda: steps.load_model(**model))
     made = stage.step(
-        "study", lambda: study(loaded, checked.material, checked.study, stage), _counts
-    )
-    kinds = made.column("kind")
-    samples = list(made)
-    return StudyReport(
-        task=checked.task,
-        model=model["name"],
-        folder=str(made.folder),
-        digest=made.digest,
-        samples=len(made),
-        wanted=checked.study.n,
-        attempts=made.attempts,
-        dropped=dict(made.dropped),
-        kinds={kind: kinds.count(kind) for kind in sorted(set(kinds))},
-        tokens=sum(map(len, samples)),
-        supervised=sum(len(sample) - sample.start for sample in samples),
-        shown=[(sample.question, sample.answer) for sample in samples[:_SHOWN]],
-        seconds=stage.seconds,
-    )
+        "study",
+        lambda: study(
+            loaded, checked.material, checked.study, stage.folder / "samples",
+            tracker=stage.inner(),
+        ),
+        _counts,
+    )  # fmt: skip
+    return StudyReport.of(checked.task, model["name"], made, checked.study.n, stage.seconds)
 
 
 def _counts(made: SampleSet) -> Mapping[str, float]:

@@ -9,22 +9,24 @@ from typing import Any
 
 from kvedit.cartridges.study import (
     OPENINGS,
+    PLAIN_TURN,
     Chunking,
     Decoding,
     Filters,
     SampleSet,
     SeedPrompt,
     StudySettings,
+    Turns,
     synthesize,
 )
-from kvedit.errors import InvalidArgument
+from kvedit.errors import IncompatibleModel, InvalidArgument
 from kvedit.memory import Source
 from kvedit.runs.material import Material
-from kvedit.runs.stage import Stage
 from kvedit.runs.steps import Loaded
 from kvedit.runs.targets import fill
+from kvedit.tracking import Tracker
 
-__all__ = ["Study", "read_study", "study"]
+__all__ = ["Study", "check_turns", "read_study", "study"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,14 @@ def read_study(
 
 
 def study(
-    loaded: Loaded, material: Material, wanted: Study, stage: Stage, source: Source | None = None
+    loaded: Loaded,
+    material: Material,
+    wanted: Study,
+    folder: Path,
+    *,
+    source: Source | None = None,
+    tracker: Tracker | None = None,
+    progress: bool = False,
 ) -> SampleSet:
     """Returns the samples; a folder that holds some already is gone on with.
 
@@ -117,16 +126,18 @@ def study(
         loaded: the model.
         material: the corpus.
         wanted: what is made.
-        stage: the run.
+        folder: where samples are if ``wanted`` names no folder.
         source: source of the memory that the cartridge will stand for.
+        tracker: is told counts and rates.
+        progress: whether to show a bar.
 
     Raises:
         InvalidArgument: if no attempt became a sample.
     """
-    folder = Path(wanted.folder) if wanted.folder else stage.folder / "samples"
     found = synthesize(
-        loaded.model, loaded.tokenizer, material.corpus, folder, wanted.settings, wanted.n,
-        wanted.seed, source=source, batch_size=wanted.batch_size, tracker=stage.inner(),
+        loaded.model, loaded.tokenizer, material.corpus, wanted.folder or folder, wanted.settings,
+        wanted.n, wanted.seed, source=source, batch_size=wanted.batch_size, tracker=tracker,
+        progress=progress,
     )  # fmt: skip
     if not len(found):
         raise InvalidArgument(
@@ -134,3 +145,32 @@ def study(
             "loosen study.filters, or let answers be longer"
         )
     return found
+
+
+def check_turns(loaded: Loaded, samples: SampleSet, source: Source | None) -> None:
+    """Raises unless the questions of samples are the tokens that a session would feed.
+
+    A chat and a text are continued by other tokens: what was trained behind one would be asked
+    behind the other. Sets that don't say how their questions were rendered pass.
+
+    Args:
+        loaded: the model.
+        samples: the samples.
+        source: source of the memory that the cartridge will stand for.
+
+    Raises:
+        IncompatibleModel: if the questions follow another form of context.
+    """
+    facts = samples.facts
+    if "turn" not in facts:
+        return
+    plain = facts.get("settings", {}).get("plain", PLAIN_TURN)
+    wanted = Turns(loaded.tokenizer, source, plain=plain).probe
+    if facts["turn"] != wanted:
+        texts = [loaded.tokenizer.decode(ids) for ids in (facts["turn"], wanted)]
+        raise IncompatibleModel(
+            f"the samples in {samples.folder} were made for another form of context: a question "
+            f"stands there as {texts[0]!r}, and after this memory as {texts[1]!r}. Capture the "
+            "text as it was studied (a chat, or plain text), or study it anew for this memory "
+            "(kvedit study --for NAME)"
+        )

@@ -17,6 +17,15 @@ __all__ = ["check_keys", "fill", "refuse_targets"]
 
 _INSTANTIATE = {"_target_", "_partial_", "_convert_", "_recursive_"}
 
+_PLAIN: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "a text"),
+    "None": ((type(None),), "null"),
+}
+"""Annotation to the types that it takes, and what a person calls them."""
+
 Result = TypeVar("Result")
 
 
@@ -46,7 +55,8 @@ def check_keys(section: str, function: Callable[..., Any], values: Any, given: i
         given: positional parameters that do not come from the config.
 
     Raises:
-        InvalidArgument: if the section is no mapping, or lacks a parameter without default.
+        InvalidArgument: if the section is no mapping, lacks a parameter without default, or a
+            value is of another type than the parameter.
         UnknownName: if a key is no parameter.
     """
     if not isinstance(values, Mapping):
@@ -58,6 +68,20 @@ def check_keys(section: str, function: Callable[..., Any], values: Any, given: i
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in values:
             raise InvalidArgument(f"{section}.{name} is missing")
+    for key, value in values.items():
+        _check_type(f"{section}.{key}", str(parameters[key].annotation), value)
+
+
+def _check_type(place: str, annotation: str, value: Any) -> None:
+    """Raises InvalidArgument if a value is none of the plain types that are annotated."""
+    names = annotation.split(" | ")
+    if not set(names) <= set(_PLAIN):
+        return  # what else it may be is for the function to say
+    kinds = tuple(kind for name in names for kind in _PLAIN[name][0])
+    # True is an int to Python, and no number to who writes a config.
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(_PLAIN[name][1] for name in names)
+        raise InvalidArgument(f"{place}: expected {wanted}, found {value!r}")
 
 
 def fill(section: str, function: Callable[..., Result], values: Any, *args: Any) -> Result:

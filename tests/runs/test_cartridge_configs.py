@@ -139,3 +139,65 @@ def test_an_instruction_may_hold_the_text():
     before = read_material(text="T", instruction="Read.")
     assert (around.intro, before.intro) == ("<<{text}>>", "Read.\n\n{text}")
     assert (around.chat, before.chat) == (None, False)
+
+
+def changed(recipe, **values):
+    config = composed(f"recipes={recipe}")
+    for place, value in values.items():
+        section, _, key = place.partition("__")
+        (config[section] if key else config)[key or section] = value
+    return config
+
+
+def test_distractors_are_references_and_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("The ferry sails at seven.", encoding="utf-8")
+    named = ["ferry", {"ref": "ferry@{1}"}, {"path": "a.txt"}, {"text": "Lamps.", "role": None}]
+    others = plan(changed("train_cartridge", distractors=named, train__distractors=0.5)).others
+    assert [other.ref for other in others] == ["ferry", "ferry@{1}", None, None]
+    assert others[2].material.corpus.documents[0].text == "The ferry sails at seven."
+    assert [other.material.chat for other in others[2:]] == [None, False]
+
+
+@pytest.mark.parametrize(
+    ("distractors", "fraction", "message"),
+    [
+        (["ferry"], 0.0, "is 0.0 and 1 distractors are named: give both"),
+        ([], 0.5, "is 0.5 and 0 distractors are named: give both"),
+        ("ferry", 0.5, r"distractors: expected a list such as .* found 'ferry'"),
+        ([3], 0.5, r"distractors\[0\]: expected the name of a stored memory, .* found 3"),
+        ([{}], 0.5, r"distractors\[0\]: expected the name"),
+        (["a", {"ref": "b", "path": "c"}], 0.5, r"distractors\[1\]: a stored memory is named by"),
+        ([{"file": "a.txt"}], 0.5, r"unknown key of distractors\[0\] 'file'"),
+        ([{"path": "absent.txt"}], 0.5, "absent.txt can't be read"),
+    ],
+    ids=str,
+)
+def test_bad_distractors_are_refused(distractors, fraction, message):
+    config = changed("train_cartridge", distractors=distractors, train__distractors=fraction)
+    with pytest.raises(KVEditError, match=message):
+        plan(config)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "values", "message"),
+    [
+        ("train_cartridge", {"train__lr": "fast"}, "train.lr: expected a number, found 'fast'"),
+        ("train_cartridge", {"train__lr": float("nan")}, "lr: expected a finite number above 0"),
+        ("train_cartridge", {"train__objective": {"mse": 1.0}}, "key of train.objective 'mse'"),
+        ("train_cartridge", {"train__objective": "attention"}, "train.objective: expected keys"),
+        ("train_cartridge", {"train__freeze": {"keys": 1}}, "train.freeze.keys: expected true or"),
+        ("train_cartridge", {"train__steps": 2.5}, "train.steps: expected a whole number or null"),
+        ("train_cartridge", {"editor__solver": "lasso"}, "solver"),
+        ("train_cartridge", {"editor__keys": "omq"}, "omp"),
+        ("train_cartridge", {"editor__budget": 0}, "budget: expected a ratio"),
+        ("train_cartridge", {"start": {"start": "first_tokens", "slots": "8"}}, "start.slots: exp"),
+        ("self_study", {"study__n": "many"}, "study.n: expected a whole number, found 'many'"),
+        ("self_study", {"study__n": True}, "study.n: expected a whole number, found True"),
+        ("self_study", {"study__answer": {"max_tokens": None}}, "study.answer.max_tokens: expect"),
+        ("compose", {"composition__rotate": "no"}, "composition.rotate: expected true or false"),
+    ],
+    ids=str,
+)
+def test_values_of_another_type_are_refused(recipe, values, message):
+    with pytest.raises(KVEditError, match=message):
+        plan(changed(recipe, **values))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
+import kvedit as kv
 from kvedit.cartridges.study import SampleSet
-from kvedit.errors import InvalidArgument
-from kvedit.runs.pipelines import run
+from kvedit.errors import IncompatibleModel, InvalidArgument
+from kvedit.runs.pipelines import plan, run
 from kvedit.runs.run import plain, recipes_folder
 from kvedit.store import Store
 
@@ -20,7 +21,7 @@ SHORT = ("document.text='Lamps cost 40 euros. The shop opens at nine. Ida leads 
 
 def composed(folder, *overrides):
     with initialize_config_module("kvedit.conf", version_base="1.3"):
-        config = plain(compose("run", overrides=[*overrides, f"store.path={folder / 'store'}"]))
+        config = plain(compose("run", overrides=[f"store.path={folder / 'store'}", *overrides]))
     config["recall"]["questions"] = config["recall"]["questions"][:: max(1, 4)]
     return config
 
@@ -122,6 +123,88 @@ def test_starts_by_name(trained, tmp_path, start, slots):
     # Prompts follow a cartridge of the handbook as they follow the handbook.
     assert memory.source is not None
     assert memory.source.chat is not None
+
+
+def short(trained, tmp_path, *options):
+    samples = trained[0] / "out" / "samples"
+    return carried_out(
+        tmp_path, "recipes=train_cartridge", *TINY, f"samples.folder={samples}",
+        "reuse.enabled=false", *options,
+    )  # fmt: skip
+
+
+def test_a_summary_is_a_start_that_stands_for_the_corpus(trained, tmp_path):
+    report, results = short(trained, tmp_path, "start=summary", "start.slots=10", "train.steps=3")
+    assert report.recall.sizes["start"].slots <= 10
+    facts = results["facts"]
+    assert facts["start"] == "summary"
+    assert facts["held-out kl best"] < facts["held-out kl before"]
+    with Store(tmp_path / "store") as store:
+        memory = store.get("train_cartridge")
+    assert memory.source.chat is not None
+    assert [node.name for node in memory.lineage.nodes][-2:] == ["stand_for", "train"]
+
+
+def test_a_stored_cartridge_goes_on_being_trained(trained, tmp_path):
+    path = trained[0] / "store"
+    with Store(path) as store:
+        before = store.get("train_cartridge")
+    report, results = short(
+        trained, tmp_path, "start=stored", "start.ref=train_cartridge", "train.steps=2",
+        f"store.path={path}", "store.name=further",
+    )  # fmt: skip
+    facts = results["facts"]
+    # What the first training ended with is what the second begins with.
+    assert facts["held-out kl before"] == pytest.approx(trained[2]["facts"]["held-out kl best"])
+    with Store(path) as store:
+        memory = store.get("further")
+    names = [node.name for node in memory.lineage.nodes]
+    assert names == ["capture", "attention_matching", "train", "train"]
+    assert before.lineage.head.id in memory.lineage.head.inputs
+
+
+def test_attention_outputs_are_matched_to_the_full_context(trained, tmp_path):
+    report, results = short(
+        trained, tmp_path, "start=first_tokens", "start.slots=12", "train.steps=3",
+        "train.objective.attention=0.5", "train.objective.distill=0.0",
+    )  # fmt: skip
+    with Store(tmp_path / "store") as store:
+        memory = store.get("train_cartridge")
+    node = memory.lineage.head
+    told = json.loads(node.parameters)
+    assert told["plan"]["objective"] == {"distill": 0.0, "next_token": 0.0, "attention": 0.5}
+    model, tokenizer = kv.load("tiny:llama")
+    material = plan(composed(tmp_path, "recipes=train_cartridge", *TINY)).material
+    assert told["teacher"] == kv.capture(model, tokenizer, material.context(tokenizer)).digest
+    lines = (tmp_path / "out" / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    logged = [event["metrics"] for event in map(json.loads, lines) if event["event"] == "log"]
+    losses = [metrics["eval/loss"] for metrics in logged if "eval/loss" in metrics]
+    assert min(losses[1:]) < losses[0]
+
+
+def test_distractors_are_named_in_the_recipe(trained, tmp_path):
+    (tmp_path / "ferry.txt").write_text("The ferry sails at seven.", encoding="utf-8")
+    path = trained[0] / "store"
+    with Store(path) as store:
+        other = store.get("train_cartridge")
+    named = f"distractors=[{{ref: train_cartridge}}, {{path: '{tmp_path / 'ferry.txt'}'}}]"
+    _, results = short(
+        trained, tmp_path, "start=first_tokens", "start.slots=8", "train.steps=2",
+        "train.distractors=1.0", "train.max_distractors=2", named, f"store.path={path}",
+        "store.name=beside",
+    )  # fmt: skip
+    assert results["facts"]["distractors"] == 2
+    with Store(path) as store:
+        memory = store.get("beside")
+    told = json.loads(memory.lineage.head.parameters)
+    assert len(told["distractors"]) == 2
+    assert told["distractors"][0] == other.digest
+
+
+def test_samples_behind_another_form_of_context_are_refused(trained, tmp_path):
+    with pytest.raises(IncompatibleModel, match="another form of context") as refused:
+        short(trained, tmp_path, "document.role=null", "train.steps=1")
+    assert "Question: Which one?" in str(refused.value)
 
 
 def test_study_makes_a_folder_and_goes_on(tmp_path):

@@ -111,6 +111,11 @@ def refused(capfd, monkeypatch, folder, *overrides):
         (["recipes=smoke", "editor.span=zebra"], 1, "nothing matches"),
         (["recipes=smoke", "model.name=tiny:llamas"], 1, "Did you mean llama"),
         (["recipes=smoke", "threads=none"], 1, "threads"),
+        (["recipes=smoke", "model=null"], 2, "found model=null: name one (model=NAME;"),
+        (["recipes=train_cartridge", "train=null"], 2, "or leave the group out with ~train"),
+        (["recipes=smoke", "~capture"], 1, "the config lacks capture"),
+        (["recipes=smoke", "answer.max_new_tokens=many"], 1, "expected a whole number, found 'ma"),
+        (["recipes=smoke", "reuse.enabled=1"], 1, "reuse.enabled: expected true or false, found 1"),
         (["editor=drop"], 1, "editor.span"),
         ([], 1, "choose a recipe"),
     ],
@@ -126,6 +131,44 @@ def test_refusals_are_one_line_and_leave_no_store(
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "memories").exists()
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b'document:\n  text: "open\n',
+            "scene/mine.yaml, line 3, column 1: while scanning a quoted",
+        ),
+        (b"document:\n\ttext: a\n", "scene/mine.yaml, line 2, column 1"),
+        (b"document: {text: a\n", "scene/mine.yaml, line 2"),
+        (b"task: a\ntask: b\n", "line 2, column 1: while constructing a mapping, found duplicate"),
+        (b"document: \xff\xfe\n", "expected config files in UTF-8, found one that is not"),
+    ],
+    ids=["open quote", "tab", "open brace", "twice", "no text"],
+)
+def test_a_file_that_is_no_yaml_is_named(content, message, capfd, monkeypatch, tmp_path):
+    (tmp_path / "scene").mkdir()
+    (tmp_path / "scene" / "mine.yaml").write_bytes(content)
+    status, error = refused(capfd, monkeypatch, tmp_path, "recipes=smoke", "+scene=mine")
+    assert status == 2
+    assert error.startswith("kvedit-run: expected ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert "Traceback" not in error
+    assert "correct the file there" in error or "+scene=mine" in error
+
+
+def test_errors_that_are_no_mistake_of_a_config_keep_their_traceback(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kvedit-run", "recipes=smoke", "hydra.run.dir=out", *QUIET])
+
+    def broken(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("kvedit.runs.pipelines.run", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        command.main()
 
 
 def test_the_environment_is_left_alone(capfd, monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from kvedit.cartridges.initial.texts import text_tokens
 from kvedit.cartridges.order import draws
 from kvedit.editors.compacting.budget import as_count
-from kvedit.errors import InvalidArgument
+from kvedit.errors import ContextTooLong, InvalidArgument
 from kvedit.memory import KVMemory, LayerKV, LayerSpec, Lineage, LineageNode
 from kvedit.memory.digest import canonical_json
 from kvedit.memory.lineage import environment
@@ -48,11 +48,18 @@ def random_vectors(
 
     Raises:
         InvalidArgument: if an argument is out of range.
+        ContextTooLong: if the slots leave no position to the model.
     """
     as_count("slots", slots, 2)
     if scale not in ("model", "unit"):
         raise InvalidArgument(f"scale must be 'model' or 'unit', found {scale!r}")
     known = text_tokens(model, tokenizer, _READ)
+    limit = known.model.max_position
+    if limit is not None and slots >= limit:
+        raise ContextTooLong(
+            f"{slots} slots were asked for and {known.model.name} has {limit} positions, of which "
+            "a question needs some as well: ask for fewer"
+        )
     generator = draws(seed, "vectors", slots)
     layers = {
         index: _layer(layer, known.model.layers[index], slots, scale, sink, generator)

@@ -11,7 +11,7 @@ from kvedit.cartridges.study.decoding import Decoding, Keep, decode
 from kvedit.cartridges.study.drawing import sub_seed
 from kvedit.cartridges.study.endings import Ending, answer_tokens, ending_of
 from kvedit.cartridges.study.teacher import teacher_pass
-from kvedit.cartridges.study.turns import PLAIN_TURN, Turns, grown_by_question
+from kvedit.cartridges.study.turns import PLAIN_TURN, Turns, grown_by_question, takes_chat
 from kvedit.errors import InvalidArgument
 from kvedit.memory import KVMemory, Source
 from kvedit.models.inspection import Inspection, inspect
@@ -66,7 +66,8 @@ def samples_from(
         progress: whether to show a bar.
 
     Raises:
-        InvalidArgument: if there is no pair, or a question or an answer is empty.
+        InvalidArgument: if there is no pair, a question or an answer is empty, or a chat is asked
+            for and the tokenizer has no template.
         ContextTooLong: if memory, question and answer run past the model's positions.
     """
     if not pairs or batch_size < 1:
@@ -74,6 +75,7 @@ def samples_from(
             f"expected pairs and batch_size >= 1, found {len(pairs)} and {batch_size}"
         )
     as_chat = chat if chat is not None else memory.source is not None and bool(memory.source.chat)
+    takes_chat(tokenizer, as_chat)  # refuses a chat where there is no template
     maker = _Maker(
         model, tokenizer, memory, inspect(model, tokenizer), ending_of(model, tokenizer, as_chat),
         as_chat, plain, Keep(top_k, min_mass), answer or Decoding(256), seed,

@@ -138,7 +138,10 @@ class SampleSet(Sequence[Sample]):
         for index, question in enumerate(self.column("question")):
             groups.setdefault(normalised(question), []).append(index)
         if len(groups) < 2:
-            raise InvalidArgument(f"a split needs two different questions, found {len(groups)}")
+            raise InvalidArgument(
+                f"a split needs two different questions, found {len(groups)}: make more samples, "
+                "or hold out none"
+            )
         order = sorted(groups, key=lambda question: sub_seed(seed, question, 0))
         wanted, held = max(1, round(held_out * len(self))), set[int]()
         for question in order[:-1]:

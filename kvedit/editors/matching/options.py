@@ -137,8 +137,9 @@ def _allocation(value: Any) -> Any:
 def _ridge(value: Any) -> Any:
     if value == "auto":
         return value
-    if _finite("ridge", value) < 0:
-        raise InvalidArgument(f"ridge must be 'auto' or a number from 0, found {value!r}")
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    if not number or not math.isfinite(value) or value < 0:
+        raise InvalidArgument(f"ridge must be a finite number from 0, or 'auto', found {value!r}")
     return float(value)
 
 

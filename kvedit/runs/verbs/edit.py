@@ -7,13 +7,14 @@ from argparse import ArgumentParser, Namespace
 from functools import cached_property
 from typing import Any
 
-from kvedit.errors import InvalidArgument, NotFound
+from kvedit.errors import InvalidArgument
 from kvedit.runs.verbs.base import Outcome, Verb
 from kvedit.runs.verbs.options import (
     add_model,
     add_put,
     add_store,
     load_model_of,
+    newest,
     note,
     open_store,
     put_options,
@@ -58,7 +59,7 @@ def _run(args: Namespace) -> Outcome:
         raise InvalidArgument("what several memories are joined into needs a name: --as NAME")
     name = check_name(args.name or origins[0].name)
     # A version that somebody else puts meanwhile must not vanish under this one.
-    expect = None if args.force else _newest(store, name)
+    expect = None if args.force else newest(store, name)
     memories = [store.get(origin.record) for origin in origins]
     live = _Live(memories[0], args)
     reader = _reader(editors, live, args)
@@ -75,13 +76,6 @@ def _run(args: Namespace) -> Outcome:
         ],
     }
     return Outcome(data, str(record))
-
-
-def _newest(store: Any, name: str) -> str:
-    try:
-        return str(store.log(name)[0].record)
-    except NotFound:
-        return ""
 
 
 class _Live:

@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvedit.errors import InvalidArgument
+from kvedit.errors import InvalidArgument, NotFound
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +29,7 @@ __all__ = [
     "duration",
     "load_model",
     "load_model_of",
+    "newest",
     "note",
     "open_store",
     "positive",
@@ -184,6 +185,14 @@ def open_store(args: Namespace, place: str | None = None) -> Store:
     if place is not None:
         return Store(place, **shared)
     return Store(args.store, capacity=args.capacity, remote=args.remote, **shared)
+
+
+def newest(store: Store, name: str) -> str:
+    """Returns the record that a name points to, ``""`` for none: what a put expects to replace."""
+    try:
+        return str(store.log(name)[0].record)
+    except NotFound:
+        return ""
 
 
 def _remote_options(args: Namespace) -> dict[str, Any]:

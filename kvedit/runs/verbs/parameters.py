@@ -9,7 +9,7 @@ from typing import Any
 
 from kvedit.errors import InvalidArgument
 
-__all__ = ["build_editor", "parse_value"]
+__all__ = ["build_editor", "parse_value", "read_settings"]
 
 _TEXTS = {"SpanLike", "str", "None"}
 
@@ -68,3 +68,30 @@ def build_editor(words: Iterable[str]) -> Any:
         plain = not isinstance(value, str | dict | list)
         parameters[key] = text if key in texts and plain else value
     return build(name, **parameters)
+
+
+def read_settings(words: Iterable[str]) -> dict[str, Any]:
+    """Returns ``key=value`` words as nested plain data; a dot in a key goes one level down.
+
+    Raises:
+        InvalidArgument: if a word is no ``key=value``, or a key is given twice.
+
+    Example:
+        >>> read_settings(["steps=40", "freeze.keys=true"])
+        {'steps': 40, 'freeze': {'keys': True}}
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        *path, last = name.split(".")
+        if not equals or not all((*path, last)):
+            raise InvalidArgument(f"--set: expected key=value or group.key=value, found {word!r}")
+        section = found
+        for key in path:
+            section = section.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise InvalidArgument(f"--set: {name} is below {key}, which is given as a value")
+        if last in section:
+            raise InvalidArgument(f"--set: {name} is given twice")
+        section[last] = parse_value(text)
+    return found
