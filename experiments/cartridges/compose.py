@@ -30,6 +30,11 @@ from kvedit.memory import KVMemory
 RATIO = 8
 START = "matched by self-study"
 METRICS = ("kl", "kl_gold", "f1")
+ROWS = (
+    ("full", True), ("matched", True), ("trained alone", True), ("trained alone", False),
+    ("trained with distractors", True), ("trained with distractors", False),
+)  # fmt: skip
+"""Kinds of parts, and whether they stand behind each other by RoPE."""
 
 
 class Trio:
@@ -94,15 +99,13 @@ class Trio:
         probes = [probe for text in self.texts.values() for probe in text.probes]
         found = composition(
             self.model, self.tokenizer, parts, joined, probes, full=self.full,
-            others={"nothing": None}, most_orders=orders, seed=self.seed,
-            max_new_tokens=ANSWER_TOKENS,
+            most_orders=orders, seed=self.seed, max_new_tokens=ANSWER_TOKENS,
             path=self.folder / "recall" / f"compose-{kind}-{rotate}.jsonl",
         )  # fmt: skip
         report = found.report
-        named = dict.fromkeys(found.orders[:1], "composed")
         row: dict[str, Any] = {"slots": sum(m.slots for m in parts.values())}
-        for name, shown in {**named, "nothing": "nothing"}.items():
-            row[shown] = {metric: str(report.mean(name, metric)) for metric in METRICS}
+        first = found.orders[0]
+        row["composed"] = {metric: str(report.mean(first, metric)) for metric in METRICS}
         for metric in METRICS:
             alone = [
                 value
@@ -131,14 +134,13 @@ def main() -> None:
     trio = Trio(options.folder, options.steps, options.seed)
     print("| parts | placed | slots | composed: KL | gold KL | F1 | own part alone: KL | gold KL "
           "| spread over orders |\n|---|---|---:|---:|---:|---:|---:|---:|---:|")  # fmt: skip
-    for kind in ("full", "matched", "trained alone", "trained with distractors"):
-        for rotate in (True, False):
-            row = trio.row(kind, rotate, options.orders)
-            made, alone = row["composed"], row["alone"]
-            placed = "by RoPE" if rotate else "own positions"
-            print(f"| {kind} | {placed} | {row['slots']} | {made['kl']} | {made['kl_gold']} | "
-                  f"{made['f1']} | {alone['kl']} | {alone['kl_gold']} | "
-                  f"{row['spread of KL over orders']} |", flush=True)  # fmt: skip
+    for kind, rotate in ROWS:
+        row = trio.row(kind, rotate, options.orders)
+        made, alone = row["composed"], row["alone"]
+        placed = "by RoPE" if rotate else "own positions"
+        print(f"| {kind} | {placed} | {row['slots']} | {made['kl']} | {made['kl_gold']} | "
+              f"{made['f1']} | {alone['kl']} | {alone['kl_gold']} | "
+              f"{row['spread of KL over orders']} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from studies import Study  # beside this file
 from kvedit.evals.bootstrap import Mean, mean, paired_difference
 
 COLUMNS = {"kl": "KL", "kl_gold": "KL, gold", "nll_gold": "NLL, gold", "agreement": "agreement",
-           "f1": "F1", "contains": "contains"}  # fmt: skip
+           "generation_gap": "gap", "f1": "F1", "contains": "contains"}  # fmt: skip
 DRAWS = 2000
 
 Unit = tuple[str, int]

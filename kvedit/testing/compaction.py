@@ -83,7 +83,7 @@ COMPACTION_ROWS: tuple[Mapping[str, Any], ...] = (
             "on_policy": True,
             "sinks": 1,
             "recent": 2,
-            "allocate": "mass",
+            "allocate": "peak",
         },
         "slots": True,
         "oracle": False,

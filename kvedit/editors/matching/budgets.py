@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
 from kvedit.errors import InvalidArgument
 
-__all__ = ["by_mass", "by_weights", "proportional", "slots_of"]
+__all__ = ["COMPETING", "by_mass", "by_weights", "proportional", "slots_of"]
+
+COMPETING: Mapping[str, str] = MappingProxyType({"mass": "mean", "peak": "max"})
+"""Ways in which heads compete for slots, and the score of a slot in each: what queries pay it on
+average, or at most. One query's answer may hang on one slot, which the average does not see."""
 
 CAP = 0.75
 """Largest share of its slots that a head gets where heads compete (arXiv 2602.16284)."""
@@ -68,14 +73,15 @@ def proportional(
 def by_mass(
     attention: Mapping[int, torch.Tensor], uniform: Mapping[int, int], forced: int
 ) -> dict[int, list[int]]:
-    """Returns slots per layer and head, so that all heads together keep most attention.
+    """Returns slots per layer and head, so that all heads together keep the best slots.
 
     Every head keeps its best slots up to a floor of a fifth of the uniform budget; what remains
-    goes to the slots with most attention of all heads and layers, up to three quarters of a head's
+    goes to the best slots of all heads and layers, up to three quarters of a head's
     slots. The sum is that of the uniform budget.
 
     Args:
-        attention: layer to mean attention ``[kv_head, slot]``, forced slots included.
+        attention: layer to attention ``[kv_head, slot]``, its mean or its peak over queries, forced
+            slots included.
         uniform: layer to the slots that each of its heads would get.
         forced: slots that every head keeps in any case.
     """

@@ -56,8 +56,9 @@ class AttentionMatching(Editor):
         layers_per_pass: layers that are matched per on-policy pass; 0 matches all in one.
         sinks: first slots that are kept as they are.
         recent: last slots that are kept as they are.
-        allocate: ``"uniform"``; ``"mass"``: heads of all layers compete by attention; or weights
-            ``{layer: [weight of each KV head]}``.
+        allocate: ``"uniform"``; heads of all layers compete for the slots by the attention that
+            these get, ``"peak"`` by the most that any query pays, ``"mass"`` by the mean; or
+            weights ``{layer: [weight of each KV head]}``.
         ridge: of the values' fit, as a share of the mean eigenvalue, or ``"auto"``.
         chunk: slots that are fitted at once; None for all. The budget is spread over chunks.
         fold_bias: whether values are fitted for no bias at all, so that any engine can serve the

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvedit.editors.matching.budgets import by_mass, by_weights, proportional, slots_of
+from kvedit.editors.matching.budgets import COMPETING, by_mass, by_weights, proportional, slots_of
 from kvedit.editors.matching.fitting import HeadFit, fit_block
 from kvedit.editors.matching.keys import score
 from kvedit.editors.matching.logits import Block, by_group, look
@@ -57,7 +57,7 @@ def allocate(
         memory: the memory.
         how: the options.
         layers: layers that are matched.
-        queries: needed where heads compete by attention mass.
+        queries: needed where heads compete by attention.
 
     Raises:
         InvalidArgument: if a layer has fewer slots than the budget, or the budget is less than
@@ -74,11 +74,15 @@ def allocate(
     heads = {i: memory.model.layers[i].kv_heads for i in layers}
     if how.allocate == "uniform":
         return {i: [count] * heads[i] for i, count in uniform.items()}
-    if how.allocate == "mass":
+    if how.allocate in COMPETING:
         if queries is None:
-            raise InvalidArgument("allocate='mass' needs queries")
-        attention = {i: _attention(memory, i, queries, forced_slots(memory.layers[i], how)) for i
-                     in layers}  # fmt: skip
+            raise InvalidArgument(f"allocate={how.allocate!r} needs queries")
+        attention = {
+            i: _attention(
+                memory, i, queries, forced_slots(memory.layers[i], how), COMPETING[how.allocate]
+            )
+            for i in layers
+        }
         return by_mass(attention, uniform, forced)
     given = {layer: row for layer, row in how.allocate if not isinstance(layer, str)}
     slots = {i: memory.layers[i].slots for i in layers}
@@ -93,7 +97,7 @@ def forced_slots(layer: LayerKV, how: AttentionMatching) -> torch.Tensor:
 
 
 def _attention(
-    memory: KVMemory, index: int, queries: QuerySet, forced: torch.Tensor
+    memory: KVMemory, index: int, queries: QuerySet, forced: torch.Tensor, how: str
 ) -> torch.Tensor:
     spec = memory.model.layers[index]
     block = Block.of(memory.layers[index], spec)
@@ -101,7 +105,7 @@ def _attention(
     rows = grouped.shape[1] * grouped.shape[2] * block.keys.shape[1]
     step = max(1, _AT_ONCE // rows)
     found = [
-        score(look(block.of_heads(some), grouped[some]), "mean")
+        score(look(block.of_heads(some), grouped[some]), how)
         for some in (
             list(range(start, min(start + step, spec.kv_heads)))
             for start in range(0, spec.kv_heads, step)

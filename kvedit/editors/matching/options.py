@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvedit.editors.compacting.budget import as_budget
+from kvedit.editors.matching.budgets import COMPETING
 from kvedit.editors.matching.keys import METHODS, SCORES
 from kvedit.editors.matching.queries import READ, UNREAD
 from kvedit.errors import InvalidArgument
@@ -117,9 +118,9 @@ def _queries(value: Any) -> str | tuple[str, ...]:
 
 def _allocation(value: Any) -> Any:
     if isinstance(value, str):
-        if value not in ("uniform", "mass"):
+        if value not in ("uniform", *COMPETING):
             raise InvalidArgument(
-                f"allocate must be 'uniform', 'mass' or weights by layer, found {value!r}"
+                f"allocate must be 'uniform', 'mass', 'peak' or weights by layer, found {value!r}"
             )
         return value
     pairs = value.items() if isinstance(value, Mapping) else value

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvedit.editors.base import Reader
+from kvedit.editors.matching.budgets import COMPETING
 from kvedit.editors.matching.fitting import HeadFit
 from kvedit.editors.matching.layers import allocate, chosen_layers, match_layer
 from kvedit.editors.matching.queries import (
@@ -47,7 +48,7 @@ def match_memory(
     if how.on_policy and reader is None:
         raise InvalidArgument("AttentionMatching reads with the model: pass reader=")
     queries = None
-    if not how.on_policy or how.allocate == "mass":
+    if not how.on_policy or how.allocate in COMPETING:
         queries = collect(memory, how, layers, reader=reader, operand=operand)
     counts = allocate(memory, how, layers, queries)
     if how.on_policy and reader is not None:

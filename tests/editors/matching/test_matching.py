@@ -255,6 +255,28 @@ def test_heads_compete_by_mass(subject: Any, reader: Any) -> None:
         assert [int(heads_of(layer, 2, h).sum()) for h in range(2)] == rows
 
 
+def test_heads_compete_by_peak(subject: Any, reader: Any) -> None:
+    """Counted again: the slots with the highest peaks of all heads, above each head's floor."""
+    memory, budget = subject("llama").memory, 12
+    how = AttentionMatching(budget, allocate="peak")
+    report = match(memory, how, reader("llama"))[1]
+    queries = collect(memory, how, [0, 1, 2], reader=reader("llama"), operand=None)
+    ranked, counts = [], {}
+    for index, layer in memory.layers.items():
+        states = queries.layers[index][:, queries.fitted]
+        for head, keys in enumerate(layer.keys):
+            group = states[head * 2 : head * 2 + 2].flatten(0, 1)
+            weights = (group @ keys.T * memory.model.layers[index].scale).softmax(dim=1)
+            peaks = weights.amax(dim=0).sort(descending=True).values.tolist()
+            counts[index, head] = 3  # a fifth of 12, rounded up
+            ranked += [(peak, index, head) for peak in peaks[3 : int(0.75 * layer.slots)]]
+    ranked.sort(reverse=True)
+    for _, index, head in ranked[: 6 * budget - 6 * 3]:
+        counts[index, head] += 1
+    assert {(row.layer, row.head): row.kept for row in report.heads} == counts
+    assert len(set(counts.values())) > 1
+
+
 def test_heads_get_what_a_schedule_gives_them(subject: Any, reader: Any) -> None:
     memory = subject("llama").memory
     weights = {0: [1, 2], 1: [1, 1], 2: [3, 1]}
