@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Delta": "kvedit.memory",
     "KVMemory": "kvedit.memory",
     "Signer": "kvedit.store",
     "Span": "kvedit.memory",
@@ -39,6 +40,7 @@ _MODULES = (
     "models",
     "plots",
     "runtime",
+    "steering",
     "store",
     "testing",
 )

@@ -36,6 +36,7 @@ REGISTRY = Registry(
         "shift": "kvedit.editors.shift:Shift",
         "snap_kv": "kvedit.editors.compacting.snapkv:SnapKV",
         "spot_light": "kvedit.editors.spotlight:SpotLight",
+        "steer": "kvedit.editors.steering.edit:Steer",
         "streaming_llm": "kvedit.editors.compacting.streamingllm:StreamingLLM",
         "suppress": "kvedit.editors.emphasis:Suppress",
         "tova": "kvedit.editors.compacting.tova:TOVA",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvedit.evals.bootstrap import Mean
 from kvedit.evals.report import Report
 
-__all__ = ["Point", "frontier_points", "pareto"]
+__all__ = ["Point", "as_points", "frontier_points", "pareto"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ def frontier_points(
 ) -> list[Point]:
     """Returns one point per report."""
     return [Point(r.name, r.strength, r.mean(gain), r.mean(cost)) for r in reports]
+
+
+def as_points(given: Iterable[Report | Point], gain: str, cost: str) -> list[Point]:
+    """Returns one point per report; points stay as they are."""
+    points = []
+    for one in given:
+        points += [one] if isinstance(one, Point) else frontier_points([one], gain, cost)
+    return points
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:

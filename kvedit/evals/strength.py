@@ -6,11 +6,11 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from kvedit.errors import InvalidArgument
 from kvedit.evals.conflicts import Conflict
 from kvedit.evals.report import Report
+from kvedit.evals.searching import find_crossing
 
 __all__ = ["EqualKL", "at_equal_kl"]
 
@@ -54,9 +54,9 @@ def at_equal_kl(
 ) -> EqualKL:
     """Returns the weakest strength found at which the mean collateral is ``target_kl``.
 
-    A scan of the bracket finds two neighbours with the target between them, and bisection goes on
-    there: it needs continuity, not monotony. Strength is chosen on some cases and the method
-    evaluated on the others, so that the choice does not flatter it.
+    A scan of the bracket finds two neighbours with the target between them, and the search goes on
+    there (:mod:`kvedit.evals.searching`): it needs continuity, not monotony. Strength is chosen on
+    some cases and the method evaluated on the others, so that the choice does not flatter it.
 
     Args:
         evaluate_at: evaluates a strength on given cases; share its
@@ -87,45 +87,20 @@ def at_equal_kl(
             f"{scan}, {most}, {calibration}, {tolerance}"
         )
     chosen, rest = _split(cases, calibration, seed)
-    seen: dict[float, float] = {}
 
-    def gap(strength: float) -> float:
-        if strength not in seen:
-            found = evaluate_at(strength, chosen).mean(metric).value
-            if math.isnan(found):
-                raise InvalidArgument(f"the calibration cases have no {metric!r}")
-            seen[strength] = found
-        return seen[strength] - target_kl
+    def measure(strength: float) -> float:
+        found = evaluate_at(strength, chosen).mean(metric).value
+        if math.isnan(found):
+            raise InvalidArgument(f"the calibration cases have no {metric!r}")
+        return found
 
-    grid = [low + (high - low) * step / (scan - 1) for step in range(scan)]
-    crossings = [(a, b) for a, b in pairwise(grid) if (gap(a) < 0) != (gap(b) < 0)]
-    if not crossings:
-        raise InvalidArgument(
-            f"{metric} is {min(seen.values()):.4g} to {max(seen.values()):.4g} at strengths "
-            f"{low:g} to {high:g}: the target {target_kl:g} is not crossed; widen the bracket"
-        )
-    strength = _bisect(gap, crossings[0], tolerance * target_kl, most - scan)
-    trace = tuple(sorted(seen.items()))
-    report = evaluate_at(strength, rest)
-    return EqualKL(strength, target_kl, seen[strength], report, trace, len(crossings))
-
-
-def _bisect(
-    gap: Callable[[float], float], ends: tuple[float, float], tolerance: float, most: int
-) -> float:
-    """Returns the strength nearest the target, of the crossing's ends and ``most`` halvings."""
-    a, b = ends
-    best = min(ends, key=lambda strength: abs(gap(strength)))
-    for _ in range(most):
-        if abs(gap(best)) <= tolerance:
-            break
-        middle = (a + b) / 2
-        if (gap(middle) < 0) == (gap(a) < 0):
-            a = middle
-        else:
-            b = middle
-        best = min((best, middle), key=lambda strength: abs(gap(strength)))
-    return best
+    found = find_crossing(
+        measure, target_kl, bracket, scan=scan, tolerance=tolerance * target_kl, most=most,
+        name=metric,
+    )  # fmt: skip
+    at = found.nearest
+    report = evaluate_at(at, rest)
+    return EqualKL(at, target_kl, found.at(at), report, found.trace, found.crossings)
 
 
 def _split(

@@ -1,4 +1,4 @@
-"""Interop: memories as other libraries keep them, both ways. docs/interop.md has the contracts."""
+"""Interop: memories and deltas as other libraries keep them. docs/interop.md has the contracts."""
 
 from __future__ import annotations
 
@@ -6,19 +6,31 @@ import importlib
 from typing import Any
 
 _LAZY = {
+    "Answers": "kvedit.interop.answering",
+    "DeltaReadBack": "kvedit.interop.directions",
     "Exported": "kvedit.interop.exported",
     "FORMATS": "kvedit.interop.formats",
     "ReadBack": "kvedit.interop.checking",
     "check": "kvedit.interop.checking",
+    "check_delta": "kvedit.interop.directions",
     "detect": "kvedit.interop.formats",
+    "evaluated": "kvedit.interop.lm_eval",
+    "from_delta": "kvedit.interop.delta_file",
+    "from_gguf": "kvedit.interop.gguf",
     "from_hazy": "kvedit.interop.hazy",
     "from_hub": "kvedit.interop.hub",
     "from_peft": "kvedit.interop.peft",
+    "from_repeng": "kvedit.interop.dictionaries",
     "from_safetensors": "kvedit.interop.plain",
+    "from_steering_vectors": "kvedit.interop.dictionaries",
+    "from_svec": "kvedit.interop.svec",
     "push_folder": "kvedit.interop.hub",
     "push_to_hub": "kvedit.interop.hub",
+    "to_delta": "kvedit.interop.delta_file",
+    "to_gguf": "kvedit.interop.gguf",
     "to_hazy": "kvedit.interop.hazy",
     "to_hub": "kvedit.interop.hub",
+    "to_lm_eval": "kvedit.interop.lm_eval_steered",
     "to_peft": "kvedit.interop.peft",
     "to_safetensors": "kvedit.interop.plain",
 }

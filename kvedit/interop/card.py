@@ -12,7 +12,7 @@ PRIVACY = (
     "Keys and values hold the text that they were made from: whoever has these files can have a "
     "model repeat it, word by word. Share them only with those who may read the text."
 )
-"""The warning that goes with every export."""
+"""The warning that goes with every export of a memory."""
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # What the hub takes as a licence by itself; all else is "other", with a name.
@@ -35,6 +35,8 @@ def card(
     library: str,
     tags: Iterable[str] = (),
     licence: str = "",
+    *,
+    holds_text: bool = True,
 ) -> str:
     """Returns the text of a README with the front matter that the hub reads.
 
@@ -45,6 +47,7 @@ def card(
         library: ``library_name`` for the hub.
         tags: more tags.
         licence: of the text that the files stand for.
+        holds_text: whether they are keys and values of a text, which the card then warns of.
     """
     # JSON is YAML, whatever stands in a name.
     front = [f"library_name: {json.dumps(library)}"]
@@ -54,8 +57,9 @@ def card(
         known = licence.lower() in _LICENCES
         front.append(f"license: {json.dumps(licence.lower() if known else 'other')}")
         front += [] if known else [f"license_name: {json.dumps(licence)}"]
-    front.append(f"tags: {json.dumps(['kv-cache', 'cartridge', *tags])}")
-    warning = f"> **The source text is in here.** {PRIVACY}"
+    own = ["kv-cache", "cartridge"] if holds_text else []
+    front.append(f"tags: {json.dumps([*own, *tags])}")
+    warning = [f"> **The source text is in here.** {PRIVACY}", ""] if holds_text else []
     made = f"For the model `{base_model.replace('`', '')}` and no other. Written by kvedit."
-    lines = ["---", *front, "---", "", f"# {title}", "", warning, "", made, "", body.strip(), ""]
+    lines = ["---", *front, "---", "", f"# {title}", "", *warning, made, "", body.strip(), ""]
     return "\n".join(lines)

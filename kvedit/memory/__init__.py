@@ -1,6 +1,7 @@
 """The noun: KVMemory and its parts. Knows neither transformers nor the store."""
 
 from kvedit.memory.compare import Comparison, compare
+from kvedit.memory.delta import Delta
 from kvedit.memory.heads import HeadSet
 from kvedit.memory.layer import LayerKV
 from kvedit.memory.lineage import Lineage, LineageNode
@@ -12,6 +13,7 @@ from kvedit.memory.spec import Fingerprint, LayerSpec, ModelSpec, RopeSpec
 __all__ = [
     "ChatState",
     "Comparison",
+    "Delta",
     "Fingerprint",
     "HeadSet",
     "KVMemory",

@@ -57,6 +57,25 @@ class LineageNode:
     seed: int | None = None
     environment: tuple[tuple[str, str], ...] = ()
 
+    @classmethod
+    def make(
+        cls,
+        operation: str,
+        name: str,
+        parameters: Mapping[str, Any],
+        inputs: tuple[str, ...] = (),
+        *,
+        reproducibility: Reproducibility = "pure",
+        seed: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> LineageNode:
+        """Returns version 1 of a step that ran here, of plain parameters."""
+        return cls(
+            operation=operation, name=name, version=1,
+            parameters=canonical_json(dict(parameters)).decode(), inputs=inputs,
+            reproducibility=reproducibility, seed=seed, environment=environment(dtype),
+        )  # fmt: skip
+
     @cached_property
     def id(self) -> str:
         """BLAKE3 (hex) of everything but the environment."""

@@ -30,6 +30,7 @@ def make_operand(
     vectors: Mapping[int, torch.Tensor],
     model: ModelSpec,
     lineage: Lineage,
+    slot_values: Mapping[int, torch.Tensor] | None = None,
     **facts: Any,
 ) -> KVMemory:
     """Returns an operand.
@@ -37,18 +38,23 @@ def make_operand(
     Args:
         kind: what it is, for example ``"queries"``; editors ask for it by this name.
         vectors: layer to ``[head, slot, dim]``: KV heads, as many vectors as the kind needs, the
-            keys' head size. Values are left zero: equal blocks cost a store nothing.
+            keys' head size.
         model: facts of the model.
         lineage: how it was made.
+        slot_values: layer to ``[head, slot, dim]``, of the values' head size. Where there is none,
+            values are zero: equal blocks cost a store nothing.
         **facts: plain data that readers of the kind need.
     """
     rule = {"rule": OPERAND, "version": 1, "kind": kind, **facts}
     layers = {}
     for index, keys in vectors.items():
         heads, slots, _ = keys.shape
+        values = (slot_values or {}).get(index)
+        if values is None:
+            values = torch.zeros(heads, slots, model.layers[index].value_dim, dtype=keys.dtype)
         layers[index] = LayerKV(
             keys=keys.contiguous(),
-            values=torch.zeros(heads, slots, model.layers[index].value_dim, dtype=keys.dtype),
+            values=values.contiguous(),
             positions=torch.zeros(slots, dtype=torch.int64),
             source=torch.full((slots,), -1, dtype=torch.int64),
         )

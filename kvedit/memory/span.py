@@ -160,6 +160,18 @@ class SpanQuery:
         source = memory.source
         if source is None:
             raise SpanNotFound("this memory has no tokens; select its slots with slots=(a, b)")
+        return self.find(source)
+
+    def find(self, source: Source) -> Span:
+        """Returns the span of tokens in a source, before there is a memory of it.
+
+        Raises:
+            SpanNotFound: if nothing matches.
+            AmbiguousSpan: if several places match and ``occurrence`` is None.
+            InvalidArgument: if the query selects slots.
+        """
+        if self.slots is not None:
+            raise InvalidArgument(f"a source has tokens and no slots, found {self.describe()}")
         if self.tokens is not None:
             return self._bounded(self.tokens, len(source), "token")
         found = list(self._matches(source))

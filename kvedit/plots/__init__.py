@@ -7,6 +7,7 @@ from kvedit.plots.frontier import frontier
 from kvedit.plots.grid import heatmap
 from kvedit.plots.recall import recall_curves
 from kvedit.plots.sizes import norms
+from kvedit.plots.strengths import strength_map
 
 __all__ = [
     "comparison",
@@ -16,5 +17,6 @@ __all__ = [
     "norms",
     "recall_curves",
     "received",
+    "strength_map",
     "token_labels",
 ]

@@ -24,11 +24,14 @@ _MARKS = "osD^vP*X"
 _TITLES = {
     "efficacy": "efficacy: share of P(new) > P(old)",
     "kl": "collateral: KL of unrelated answers (nats)",
+    "marked": "share of answers with style markers",
+    "accuracy": "share of right answers",
+    "opening": "log P(the style's opening), nats",
 }
 
 
 def frontier(
-    reports: Iterable[Report],
+    reports: Iterable[Report | Point],
     *,
     gain: str = "efficacy",
     cost: str = "kl",
@@ -41,7 +44,8 @@ def frontier(
     nothing, as the unedited memory, has no place on it and stands at the left edge, as "(at 0)".
 
     Args:
-        reports: evaluations, at several strengths of several methods.
+        reports: evaluations, at several strengths of several methods; or points, as
+            :meth:`Sweep.points <kvedit.evals.steering.Sweep.points>` gives them, of these metrics.
         gain: metric on the y axis, of which more is better.
         cost: metric on the x axis, of which less is better.
         title: above the picture.
@@ -50,9 +54,9 @@ def frontier(
         InvalidArgument: if there is no report, or none has both metrics.
         MissingDependency: without matplotlib.
     """
-    from kvedit.evals.frontier import frontier_points, pareto  # not above: evals load transformers
+    from kvedit.evals.frontier import as_points, pareto  # not above: evals load transformers
 
-    every = frontier_points(reports, gain, cost)
+    every = as_points(reports, gain, cost)
     points = [point for point in every if point.gain.n and point.cost.n]
     if not points:
         raise InvalidArgument(f"none of {len(every)} reports has both {gain!r} and {cost!r}")

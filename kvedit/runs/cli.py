@@ -23,6 +23,7 @@ from kvedit.runs.verbs.diff import DIFF
 from kvedit.runs.verbs.doctor import DOCTOR
 from kvedit.runs.verbs.edit import EDIT
 from kvedit.runs.verbs.editors import EDITORS
+from kvedit.runs.verbs.extract import EXTRACT
 from kvedit.runs.verbs.family import ANCESTORS, DESCENDANTS
 from kvedit.runs.verbs.look import LOG, LS, RM, SHOW
 from kvedit.runs.verbs.names import ANNOTATE, BRANCH, PIN, ROLLBACK, TAG, UNPIN
@@ -39,6 +40,7 @@ VERBS: tuple[Verb, ...] = (
     CAPTURE,
     EDIT,
     CALIBRATE,
+    EXTRACT,
     STUDY,
     TRAIN,
     COMPOSE,

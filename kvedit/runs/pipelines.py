@@ -18,6 +18,8 @@ PIPELINES: Mapping[str, str] = {
     "cartridge": "cartridge_pipeline",
     "compaction": "compaction_pipeline",
     "composition": "composition_pipeline",
+    "steering": "steering_pipeline",
+    "cast": "cast_pipeline",
 }
 """Name to the module of :mod:`kvedit.runs` that has its ``plan`` and ``run``."""
 

@@ -6,19 +6,17 @@ It shares nothing with the process that stored the memory but the store's folder
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
-from kvedit.errors import InvalidArgument, KVEditError
+from kvedit.errors import InvalidArgument
 from kvedit.memory import KVMemory
+from kvedit.runs.elsewhere import ask_elsewhere, serve
 from kvedit.runs.targets import fill
 
 __all__ = ["Request", "main", "reuse", "reuse_elsewhere", "second_process"]
@@ -106,17 +104,7 @@ def reuse_elsewhere(request: Request) -> dict[str, Any]:
     Raises:
         KVEditError: if it refused, with its message, or died.
     """
-    command = [sys.executable, "-m", "kvedit.runs.reuse"]
-    sent = json.dumps(asdict(request))
-    done = subprocess.run(command, input=sent, capture_output=True, text=True, check=False)
-    try:
-        reply: dict[str, Any] = json.loads(done.stdout)
-    except ValueError:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise KVEditError(f"the second process ended with {done.returncode}: {last}") from None
-    if "error" in reply:
-        raise KVEditError(f"the second process refused: {reply['error']}")
-    return reply
+    return ask_elsewhere("kvedit.runs.reuse", asdict(request))
 
 
 def second_process(
@@ -157,14 +145,7 @@ def second_process(
 
 def main() -> int:
     """Answers the request on stdin; 1 if it was refused, with the reason as ``error``."""
-    # What libraries print must not get between the reply's brackets.
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            reply = reuse(fill("request", Request, json.load(sys.stdin)))
-        except (KVEditError, OSError) as error:
-            reply = {"error": " ".join(str(error).split())}
-    print(json.dumps(reply))
-    return 1 if "error" in reply else 0
+    return serve(lambda data: reuse(fill("request", Request, data)))
 
 
 def _timed(run: Callable[..., Result], *args: Any) -> tuple[float, Result]:

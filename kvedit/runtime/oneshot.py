@@ -11,6 +11,7 @@ import torch
 from kvedit.errors import InvalidArgument
 from kvedit.memory import KVMemory
 from kvedit.runtime.attaching import attach
+from kvedit.runtime.saying import saying
 from kvedit.runtime.session import Reply, Session
 from kvedit.runtime.text import Context, encode_turn
 
@@ -129,7 +130,8 @@ def _score_one(session: Session, first: torch.Tensor, text: Context) -> Score:
     ids = encode_turn(session.tokenizer, source, text, chat=False).tokens[known:]
     logits = first
     if len(ids) > 1:
-        rest = session.forward(ids[None, :-1])
+        with saying():
+            rest = session.forward(ids[None, :-1])
         session.cache.crop(1 - len(ids))
         logits = torch.cat((first, rest[0]))
     logits = logits.float().cpu()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvedit.runtime.cache import MemoryCache
     from kvedit.runtime.tapping import Tap
 
-__all__ = ["Places", "hidden_hooks"]
+__all__ = ["Places", "block_of", "hidden_hooks"]
 
 
 class Places:
@@ -103,11 +103,10 @@ def _cache(call: AttentionCall) -> MemoryCache | None:
 @contextmanager
 def hidden_hooks(model: PreTrainedModel, tap: Tap) -> Iterator[None]:
     """Hooks the output of each tapped layer's block: the list item that holds its attention."""
-    names = {id(module): name for name, module in model.named_modules()}
     handles = []
     try:
         for layer in tap.layers:
-            block = _block(model, names[id(tap.inspection.attention[layer])])
+            block = block_of(model, tap.inspection.attention[layer])
             handles.append(block.register_forward_hook(_keeper(tap, layer)))
         yield
     finally:
@@ -115,7 +114,13 @@ def hidden_hooks(model: PreTrainedModel, tap: Tap) -> Iterator[None]:
             handle.remove()
 
 
-def _block(model: PreTrainedModel, name: str) -> torch.nn.Module:
+def block_of(model: PreTrainedModel, attention: torch.nn.Module) -> torch.nn.Module:
+    """Returns a layer's block: the item of a list of layers that its attention stands in.
+
+    Raises:
+        UnsupportedModel: if it stands in no list.
+    """
+    name = next(name for name, module in model.named_modules() if module is attention)
     parts = name.split(".")
     for stop in range(len(parts), 0, -1):
         if isinstance(model.get_submodule(".".join(parts[: stop - 1])), torch.nn.ModuleList):

@@ -14,6 +14,7 @@ from typing import Any
 
 from kvedit.testing.compaction import COMPACTION_ROWS
 from kvedit.testing.seka import SEKA_ROWS
+from kvedit.testing.steering import STEER_ROWS
 
 __all__ = ["CONTEXT", "CONTINUATION", "EDITOR_CASES", "EDITOR_FAMILIES", "EditorCase"]
 
@@ -276,6 +277,7 @@ EDITOR_CASES: tuple[EditorCase, ...] = (
         "suppress-zero", "suppress", {"span": _NEAR, "alpha": 1.0, "layers": [1]}, identity=True
     ),
     *(EditorCase(**row) for row in SEKA_ROWS),
+    *(EditorCase(**row) for row in STEER_ROWS),
     *(EditorCase(**row) for row in COMPACTION_ROWS),
 )
 """The rows."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["OPERAND_MAKERS", "apply_editor", "make_test_operand"]
 
 OPERAND_MAKERS: Mapping[str, str] = {
+    "delta": "kvedit.testing.steering:make_delta",
     "experts": "kvedit.testing.seka:make_experts",
     "projectors": "kvedit.testing.seka:make_projectors",
     "queries": "kvedit.testing.compiling:make_queries",

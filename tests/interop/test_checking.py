@@ -49,7 +49,7 @@ def test_formats_are_told_apart(llama, tmp_path):
     to_hazy(llama.compact, tmp_path / "hazy")
     to_hub(llama.compact, tmp_path / "hub")
     to_safetensors(llama.compact, tmp_path / "safetensors")
-    for name in FORMATS:
+    for name in (name for name, form in FORMATS.items() if not form.delta):
         assert detect(tmp_path / name) == name
     assert detect(tmp_path / "hazy" / "cartridge.safetensors") == "hazy"
     (tmp_path / "a.pt").write_bytes(b"PK")

@@ -8,10 +8,12 @@ import torch
 
 from kvedit.errors import ContextTooLong, InvalidArgument
 from kvedit.models import tiny_model
-from kvedit.runs.bench import Plan, Ratio, bench
+from kvedit.runs.bench import Plan, Ratio, bench, steering
 from kvedit.runs.bench.pairs import Pair, Seconds, alternate
 from kvedit.runs.bench.prose import prose
 from kvedit.runs.bench.report import Bar
+from kvedit.runs.bench.sides import Sides
+from kvedit.runs.bench.steering import any_delta
 from kvedit.runs.cli import main
 
 NAMES = [
@@ -19,6 +21,8 @@ NAMES = [
     "decode, bias / no bias",
     "decode, compiled / no bias",
     "decode, mass rule / none",
+    "decode, steered once / not",
+    "decode, steering hooks / none",
     "decode, no bias / plain",
     "prefill to first token / reuse",
 ]
@@ -37,6 +41,30 @@ def test_a_report_has_every_ratio_at_every_length():
         assert ratio.quartiles[1] <= ratio.high
         assert (ratio.bar, ratio.holds) == (None, None)  # a toy has no bar to hold
     assert {"torch", "transformers", "threads", "processors"} <= set(report.environment)
+
+
+def test_what_is_timed_is_steered(tmp_path, monkeypatch):
+    model, tokenizer = tiny_model("llama")
+    sides = Sides.prepare(model, tokenizer, prose(tokenizer, 40), tmp_path, decode=3)
+    delta = any_delta(model, sides.memory.model)
+    assert delta.sites == ("keys", "values", "residual") and delta.layers == (0, 1, 2)
+    seen, memories = [], []
+    monkeypatch.setattr(
+        type(sides), "_greedy", lambda self, first, step: seen.append(step(first)[0, -1])
+    )
+    real = steering.Steer.__call__
+
+    def kept(self, *inputs):
+        memories.append(real(self, *inputs))
+        return memories[-1]
+
+    monkeypatch.setattr(steering.Steer, "__call__", kept)
+    for side in (sides.decoding(sides.memory), *steering.steered_sides(sides)):
+        side()
+    plain, once, hooked = seen
+    assert memories[0].digest != sides.memory.digest and memories[0].slots == sides.memory.slots
+    for other in (once, hooked):
+        assert 1e-6 < float((other - plain).abs().max()) < 0.5
 
 
 def test_the_command_writes_one_document(tmp_path, capsys):

@@ -127,7 +127,7 @@ def test_refused(run, tmp_path):
     assert "say which with --from" in refused(run, "import", "nowhere", "--no-strict")
     assert "can't be a name" in refused(run, "import", "c", *MODEL, "--name", "no name")
     with pytest.raises(SystemExit) as error:
-        run("export", "compact", "d", "--to", "gguf")
+        run("export", "compact", "d", "--to", "lora")
     assert error.value.code == 2
 
 

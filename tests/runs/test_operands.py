@@ -7,12 +7,13 @@ import json
 import pytest
 
 import kvedit as kv
-from kvedit.editors import Chain, Emphasize, build
-from kvedit.errors import UnknownName
+from kvedit.editors import Chain, Emphasize, Steer, build
+from kvedit.errors import InvalidArgument, UnknownName
 from kvedit.memory.operand import operand_kind
 from kvedit.models.tiny import tiny_model
 from kvedit.runs.cli import main
 from kvedit.runs.operands import make, operand_name, stored, supply
+from kvedit.testing.steering import random_delta
 
 TEXT = "The thing in the box is the answer. The refund window is 60 days. That is all."
 
@@ -49,6 +50,28 @@ def test_another_model_has_operands_of_its_own(made):
 def test_an_unknown_kind_is_refused(made):
     with pytest.raises(UnknownName, match="kind of operand"):
         make("query", *made[:2])
+
+
+def test_a_delta_is_given_behind_the_memory_and_never_made(tmp_path, capsys, monkeypatch):
+    place, words = ("--store", str(tmp_path / "store")), ("--editor", "steer", "values=3")
+    model, tokenizer = kv.load("tiny:llama")
+    delta = random_delta(model, tokenizer)
+    with kv.Store(tmp_path / "store") as store:
+        store.put(kv.capture(model, tokenizer, TEXT), "box")
+        store.put(delta.operand(), "calm")
+        with pytest.raises(InvalidArgument, match="none was given"):
+            supply(Chain((Steer(),)), store, model, tokenizer)
+    # Found out from the store alone.
+    with monkeypatch.context() as patch:
+        patch.setattr("kvedit.runs.verbs.edit.load_model_of", None)
+        assert main(["edit", "box", *words, *place]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "`kvedit extract PAIRS --as DELTA`" in err
+    assert "`kvedit edit NAME DELTA --as NEW --editor steer KEY=VALUE ...`" in err
+    assert main(["edit", "box", "calm", "--as", "new", *words, *place]) == 0
+    with kv.Store(tmp_path / "store") as store:
+        assert store.get("new").digest == Steer(values=3)(store.get("box"), delta.operand()).digest
 
 
 def test_verbs_calibrate_compile_and_replay(tmp_path, capsys):

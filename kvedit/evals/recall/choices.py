@@ -12,7 +12,7 @@ from kvedit.evals.recall.prompts import multiple_choice, open_question
 from kvedit.evals.recall.question import Document, RecallQuestion, task_name
 from kvedit.evals.recall.rows import expect, named_rows, reading_row, texts
 
-__all__ = ["INSTRUCTION", "choice_question", "read_choices", "read_longhealth"]
+__all__ = ["INSTRUCTION", "arc_row", "choice_question", "read_choices", "read_longhealth"]
 
 INSTRUCTION = "Answer with the letter of the right option."
 
@@ -72,7 +72,7 @@ def read_choices(
     for where, row in named_rows(path):
         with reading_row(where, _ARC):
             text = _context(row, context)
-            question, options, correct = _arc(row)
+            question, options, correct = arc_row(row)
             asked = choice_question(question, options, correct, letters, instruction)
             found.setdefault(text, []).append(asked)
     return [Document(task_name(text), text, tuple(rows)) for text, rows in found.items()]
@@ -85,7 +85,7 @@ def _context(row: Mapping[str, Any], default: str | None) -> str:
     return "\n\n".join(texts(given, "context"))
 
 
-def _arc(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
+def arc_row(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
     """Returns the question, the options and the index of the right one."""
     asked = row["question"]
     question = asked["stem"] if isinstance(asked, Mapping) else asked

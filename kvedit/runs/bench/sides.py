@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from kvedit.models.cache_argument import cache_argument
 from kvedit.runs.bench.pairs import Seconds, Timed, timed
 from kvedit.runs.bench.plan import PROMPT
 from kvedit.runtime import attach, capture
+from kvedit.runtime.saying import saying
 from kvedit.store import Store
 
 if TYPE_CHECKING:
@@ -93,17 +95,26 @@ class Sides:
 
         return timed(first, self.settle)
 
-    def decoding(self, memory: KVMemory) -> Timed:
-        """Returns a timer of greedy decoding over ``memory``; attaching is left out."""
+    def decoding(
+        self, memory: KVMemory, within: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> Timed:
+        """Returns a timer of greedy decoding over ``memory``; attaching is left out.
+
+        Args:
+            memory: the memory.
+            within: makes what the model runs in, such as continuous steering; entering it is left
+                out as well.
+        """
 
         def decode() -> Seconds:
-            with attach(self.model, memory, self.tokenizer) as session:
+            with within(), attach(self.model, memory, self.tokenizer) as session:
                 first = session.feed([PROMPT]).argmax(dim=-1, keepdim=True)
                 session.cache.reserve(self.decode)
                 step = session.forward
-                return timed(
-                    lambda: self._greedy(first, lambda ids: step(ids, keep=1)), self.settle
-                )
+                with saying():
+                    return timed(
+                        lambda: self._greedy(first, lambda ids: step(ids, keep=1)), self.settle
+                    )
 
         return decode
 

@@ -24,6 +24,7 @@ from kvedit.runs.bench.plan import Plan
 from kvedit.runs.bench.prose import prose
 from kvedit.runs.bench.report import Bar, Ratio, Report
 from kvedit.runs.bench.sides import Sides
+from kvedit.runs.bench.steering import steered_sides
 from kvedit.runs.verbs.options import load_model
 from kvedit.runtime import calibrate
 
@@ -35,6 +36,8 @@ __all__ = ["bench"]
 CAPTURE_BAR = Bar(at_most=1.05)
 DECODE_BAR = Bar(at_most=1.10)
 RULE_BAR = Bar(at_most=1.25)
+ONCE_BAR = Bar(at_most=1.02)  # the same kernels over the same shapes: 1.00, and the clock's noise
+HOOK_BAR = Bar(at_most=1.05)
 REUSE_BAR = Bar(at_least=20)
 REUSE_FROM = 4000  # tokens of context from which the bar on reuse is meant
 
@@ -44,7 +47,7 @@ _MASS = 0.3  # of a rule without raise_only, so that every head of every layer i
 
 
 def bench(plan: Plan) -> Report:
-    """Returns the report of a plan: per length, six ratios. A missed bar raises nothing.
+    """Returns the report of a plan: per length, eight ratios. A missed bar raises nothing.
 
     Raises:
         ContextTooLong: if the model has too few positions for the longest context.
@@ -77,16 +80,17 @@ def _measure(
     # A toy is all overhead: the bars mean models that compute for longer than they are called.
     real = not sides.model.name_or_path.startswith(TINY)
     capture_bar, decode_bar = (CAPTURE_BAR, DECODE_BAR) if real else (None, None)
-    rule_bar = RULE_BAR if real else None
+    rule_bar, once_bar, hook_bar = (RULE_BAR, ONCE_BAR, HOOK_BAR) if real else (None,) * 3
     reuse_bar = REUSE_BAR if real and tokens >= REUSE_FROM else None
-    emphasised = build("emphasize", span={"tokens": (0, min(_SPAN, tokens))}, strength=1.0)
-    steered = emphasised(sides.memory)
-    biased, without = sides.decoding(steered), sides.decoding(sides.memory)
-    compiled = sides.decoding(_compiled(steered, queries))
+    emphasise = build("emphasize", span={"tokens": (0, min(_SPAN, tokens))}, strength=1.0)
+    emphasised = emphasise(sides.memory)
+    biased, without = sides.decoding(emphasised), sides.decoding(sides.memory)
+    compiled = sides.decoding(_compiled(emphasised, queries))
     ruled = sides.decoding(_ruled(sides.memory, min(_SPAN, tokens)))
+    once, hooked = steered_sides(sides)
     plain = sides.plain_decoding()
     # First calls allocate; prefills are long enough, and one has run already.
-    for side in (biased, compiled, ruled, without, plain, sides.time_reuse):
+    for side in (biased, compiled, ruled, once, hooked, without, plain, sides.time_reuse):
         side()
     long = plan.prefill_pairs(tokens)
     measured: tuple[tuple[str, Timed, Timed, int, Bar | None], ...] = (
@@ -94,6 +98,8 @@ def _measure(
         ("decode, bias / no bias", biased, without, plan.pairs, decode_bar),
         ("decode, compiled / no bias", compiled, without, plan.pairs, decode_bar),
         ("decode, mass rule / none", ruled, without, plan.pairs, rule_bar),
+        ("decode, steered once / not", once, without, plan.pairs, once_bar),
+        ("decode, steering hooks / none", hooked, without, plan.pairs, hook_bar),
         ("decode, no bias / plain", without, plain, plan.pairs, decode_bar),
         (
             "prefill to first token / reuse",
@@ -133,7 +139,7 @@ def _threads(count: int) -> Iterator[None]:
 def _ticking(plan: Plan) -> Iterator[Callable[[], None]]:
     from tqdm.auto import tqdm
 
-    pairs = sum(4 * plan.pairs + 2 * plan.prefill_pairs(length) for length in plan.lengths)
+    pairs = sum(6 * plan.pairs + 2 * plan.prefill_pairs(length) for length in plan.lengths)
     # disable=None: no bar where stderr is no terminal.
     with tqdm(total=2 * pairs, desc="bench", unit="run", disable=None) as bar:
 

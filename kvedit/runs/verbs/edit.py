@@ -28,7 +28,8 @@ def _add(parser: ArgumentParser) -> None:
     parser.add_argument(
         "ref",
         nargs="+",
-        help="name, name@{1}, digest or the beginning of one; several for editors that join them",
+        help="name, name@{1}, digest or the beginning of one; several for editors that join them, "
+        "or a memory and then the delta for `steer`",
     )
     parser.add_argument(
         "--editor",
@@ -101,11 +102,14 @@ def _reader(editors: list[Any], live: _Live, args: Namespace) -> Any:
 
 
 def _operands(editor: Any, store: Any, live: _Live) -> list[Any]:
-    from kvedit.runs.operands import stored, supply
+    from kvedit.runs.operands import check_makeable, stored, supply
 
     found = [stored(store, kind, live.memory.model) for kind in editor.operands]
     if None not in found:
         return found
+    for kind, operand in zip(editor.operands, found, strict=True):
+        if operand is None:
+            check_makeable(kind)  # before the model is loaded for nothing
     model, tokenizer = live.pair
     return supply(editor, store, model, tokenizer, note)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvedit.errors import InvalidArgument
 from kvedit.runs.verbs.base import Outcome
+from kvedit.runs.verbs.deltas import check_no_delta, export_delta, import_delta
 from kvedit.runs.verbs.options import add_model, load_model, load_model_of, note, open_store
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ __all__ = [
 OWN = "kvedit"
 """kvedit's own one-file format: packs, checked byte by byte, encrypted where that is asked for."""
 
-_FORMS = (OWN, "peft", "hazy", "hub", "safetensors")  # named here: the parser imports no format
+# Named here: the parser imports no format.
+_MEMORIES = (OWN, "peft", "hazy", "hub", "safetensors")
+_TO, _FROM = (*_MEMORIES, "delta", "gguf", "lm_eval"), (*_MEMORIES, "delta", "gguf", "svec")
 
 # From what a user types to the argument of a format's export.
 _OPTIONS = {
@@ -40,6 +43,7 @@ _OPTIONS = {
     "remainder": "remainder",
     "with_source": "source",
     "licence": "licence",
+    "strength": "strength",
     "overwrite": "overwrite",
 }
 _OTHERS = ("refit", "push", "public", "no_check", "no_strict", "model", "dtype", "device", "attn")
@@ -49,10 +53,12 @@ def add_foreign_export(parser: ArgumentParser) -> None:
     """Adds ``--to`` and what the formats take."""
     parser.add_argument(
         "--to",
-        choices=_FORMS,
+        choices=_TO,
         default=OWN,
         help="kvedit, the default: one file with everything; peft: an adapter; hazy: tensors of "
-        "a HazyResearch cartridge; hub: a folder with a card; safetensors: one plain file",
+        "a HazyResearch cartridge; hub: a folder with a card; safetensors: one plain file; of a "
+        "steering delta, delta: one plain file; gguf: a control vector; lm_eval: a folder "
+        "for its model steered",
     )
     other = parser.add_argument_group("other formats (docs/interop.md)")
     other.add_argument("--kind", choices=("cartridge", "prefix-tuning"), help="of a PEFT adapter")
@@ -76,6 +82,7 @@ def add_foreign_export(parser: ArgumentParser) -> None:
         "--with-source", action="store_true", help="hub, safetensors: tokens and text go along"
     )
     other.add_argument("--licence", metavar="TEXT", help="of the text; default: as stored")
+    other.add_argument("--strength", type=float, metavar="X", help="lm_eval: the coefficient (1)")
     other.add_argument("--overwrite", action="store_true", help="replace what such an export wrote")
     other.add_argument("--push", metavar="OWNER/NAME", help="put the folder on the hub, too")
     other.add_argument("--public", action="store_true", help="a repository that all may read")
@@ -87,7 +94,7 @@ def add_foreign_import(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--from",
         dest="form",
-        choices=_FORMS,
+        choices=_FROM,
         help="the format; default: told by what lies there. With hub, peft or hazy, the file may "
         "be a repository OWNER/NAME",
     )
@@ -136,6 +143,9 @@ def export_to(args: Namespace) -> Outcome:
     store = open_store(args)
     record = store.show(args.ref).record
     memory = store.get(record.record)
+    if form.delta:
+        return export_delta(args, form, record, memory, options)
+    check_no_delta(record, memory, form)
     if "licence" in form.options:
         options.setdefault("licence", record.licence)
     # Loaded first: without the model nothing is written either.
@@ -176,12 +186,15 @@ def import_from(args: Namespace, name: str) -> Outcome:
     from kvedit.store.refs import check_name
 
     form = format_of(name)
+    form.check_way("from")
     if args.record or args.file_key or args.trusted:
         raise InvalidArgument(
             f"--record, --file-key and --trusted are for kvedit's own files: {name} has neither "
             "records nor signatures"
         )
     target = check_name(args.name or Path(args.file).resolve().stem)
+    if form.delta:
+        return import_delta(args, form, target)
     memory, live = _read(args, form)
     store = open_store(args)
     licence = str(imported_facts(memory).get("licence", ""))
@@ -200,7 +213,7 @@ def _options(args: Namespace, form: Format) -> dict[str, Any]:
     for name in given:
         if _OPTIONS[name] not in form.options:
             raise InvalidArgument(f"--{name.replace('_', '-')} means nothing to {form.name}")
-    if args.refit and not form.needs_model:
+    if args.refit and (form.delta or not form.needs_model):
         raise InvalidArgument(f"--refit means nothing to {form.name}, which keeps the bias")
     if args.file_key:
         raise InvalidArgument(f"--file-key: files of {form.name} are not encrypted")
@@ -208,7 +221,7 @@ def _options(args: Namespace, form: Format) -> dict[str, Any]:
         raise InvalidArgument(
             f"the store is encrypted and files of {form.name} are not: --plain lets it leave"
         )
-    if (args.push or args.public) and not (form.folder and args.push):
+    if (args.push or args.public) and (form.delta or not (form.folder and args.push)):
         raise InvalidArgument("--push puts a folder on the hub: --to hub, peft or hazy")
     if "kind" in given:
         given["kind"] = given["kind"].upper().replace("-", "_")
