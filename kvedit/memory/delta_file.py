@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 
 from kvedit.errors import CorruptMemory, InvalidArgument
 from kvedit.memory.digest import canonical_json, digest_bytes
+from kvedit.memory.files import write_atomically
 from kvedit.memory.lineage import Lineage, LineageNode
 from kvedit.memory.spec import ModelSpec
 
@@ -57,16 +57,7 @@ def write_delta(
     tensors = {f"{s}.{i}": v.clone() for s, each in vectors.items() for i, v in each.items()}
     # One entry: safetensors writes several in a random order, and one delta is one file.
     data = save(tensors, metadata={_HEADER: canonical_json(header).decode()})
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomically(target, data, sync=True)
     return target
 
 

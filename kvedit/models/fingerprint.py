@@ -18,8 +18,9 @@ from blake3 import blake3
 
 from kvedit.errors import UnsupportedModel
 from kvedit.memory.digest import canonical_json, digest_bytes, digest_tensor
+from kvedit.memory.files import write_atomically
 from kvedit.memory.spec import Fingerprint
-from kvedit.models.cache_folder import cache_folder, write_atomically
+from kvedit.models.cache_folder import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 import kvedit
-from kvedit.models.cache_folder import write_atomically
+from kvedit.memory.files import write_atomically
 from kvedit.tracking import RunFacts, Tracker, library_versions, open_tracker
 
 __all__ = ["Artifact", "Findings", "Inner", "Say", "Stage", "perform"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from kvedit.errors import InvalidArgument
 from kvedit.memory.digest import canonical_json, digest_bytes
+from kvedit.memory.files import write_atomically
 
 __all__ = ["BatchFolder"]
 
@@ -46,7 +46,7 @@ class BatchFolder:
         header = json.loads(canonical_json({"format": _FORMAT, **facts}))
         lines = self._whole_lines()
         if not lines:
-            _write(self._journal, canonical_json(header) + b"\n")
+            write_atomically(self._journal, canonical_json(header) + b"\n", sync=True)
         elif lines[0] != header:
             differing = sorted(
                 key for key in {*lines[0], *header} if lines[0].get(key) != header.get(key)
@@ -87,7 +87,7 @@ class BatchFolder:
         from safetensors.torch import save
 
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-        _write(self._file(batch), data)
+        write_atomically(self._file(batch), data, sync=True)
         self._digests[batch] = digest_bytes(data)
         line = {"batch": batch, "digest": self._digests[batch]}
         with self._journal.open("ab") as journal:
@@ -97,16 +97,3 @@ class BatchFolder:
 
     def _file(self, batch: int) -> Path:
         return (self._folder or Path()) / f"batch-{batch:05d}.safetensors"
-
-
-def _write(path: Path, data: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

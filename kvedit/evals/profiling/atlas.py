@@ -13,8 +13,8 @@ from kvedit.errors import IncompatibleModel, InvalidArgument
 from kvedit.evals.profiling.candidates import join
 from kvedit.evals.profiling.effects import HeadScore
 from kvedit.memory import ModelSpec
+from kvedit.memory.files import write_atomically
 from kvedit.memory.heads import HeadSet, Kind
-from kvedit.models.cache_folder import write_atomically
 
 __all__ = ["HeadAtlas"]
 
