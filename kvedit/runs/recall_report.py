@@ -10,7 +10,7 @@ from typing import Any
 
 from kvedit.evals.recall import RecallReport
 from kvedit.memory import KVMemory
-from kvedit.runs.report import align
+from kvedit.runs.report import align, told
 from kvedit.runs.stage import Artifact
 from kvedit.runs.steps import Answer
 from kvedit.store import Record
@@ -46,6 +46,11 @@ class Kept:
         """Returns what was put."""
         servable = bool(memory.servable())
         return cls(store, name, record.version, record.record, memory.digest, servable)
+
+    def artifact(self) -> Artifact:
+        """Returns what a tracker notes of it."""
+        facts = {"record": self.record, "content": self.content, "version": self.version}
+        return Artifact(self.name, Path(self.store), facts)
 
 
 def label_metrics(report: RecallReport, name: str) -> dict[str, float]:
@@ -111,13 +116,7 @@ class RecallRun:
     @property
     def artifacts(self) -> tuple[Artifact, ...]:
         """What was stored."""
-        return tuple(
-            Artifact(
-                kept.name, Path(kept.store),
-                {"record": kept.record, "content": kept.content, "version": kept.version},
-            )
-            for kept in self.kept
-        )  # fmt: skip
+        return tuple(kept.artifact() for kept in self.kept)
 
     def rows(self) -> list[tuple[str, ...]]:
         """Returns the table: a line per memory, means with their 95 % intervals."""
@@ -131,7 +130,7 @@ class RecallRun:
 
     def text(self) -> str:
         """Returns everything for people: tables, answers, one sentence."""
-        facts = [(name, _told(value)) for name, value in self.facts.items()]
+        facts = [(name, told(value)) for name, value in self.facts.items()]
         parts = [
             f"recall: {self.recall.n} questions, reference 'full', 95 % intervals over questions",
             align([self.columns, *self.rows()]),
@@ -192,7 +191,3 @@ class RecallRun:
                 lines.append(f"  {name.ljust(width)}  {textwrap.shorten(said, _WRAP)}")
             blocks.append("\n".join(lines))
         return "\n".join(blocks)
-
-
-def _told(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

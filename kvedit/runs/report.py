@@ -11,7 +11,7 @@ from kvedit.memory.show import human_bytes
 from kvedit.runs.stage import Artifact
 from kvedit.runs.steps import Answer, Drift, Question
 
-__all__ = ["COLUMNS", "Report", "Side", "align"]
+__all__ = ["COLUMNS", "Report", "Side", "align", "told"]
 
 COLUMNS = ("", "before", "after", "change")
 """Columns of the table."""
@@ -204,6 +204,11 @@ class Report:
                 lines.append(f"  second process  {again}")
             blocks.append("\n".join(lines))
         return "\n".join(blocks)
+
+
+def told(value: Any) -> str:
+    """Returns a fact as a report shows it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:

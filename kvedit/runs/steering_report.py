@@ -5,13 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from kvedit.evals.bootstrap import Mean
 from kvedit.evals.steering import CalibratedStrength, StyleReport
 from kvedit.runs.recall_report import Kept
-from kvedit.runs.report import align
+from kvedit.runs.report import align, told
 from kvedit.runs.stage import Artifact
 from kvedit.runs.steps import Answer
 
@@ -93,13 +92,7 @@ class SteeringRun:
     @property
     def artifacts(self) -> tuple[Artifact, ...]:
         """What was stored."""
-        return tuple(
-            Artifact(
-                kept.name, Path(kept.store),
-                {"record": kept.record, "content": kept.content, "version": kept.version},
-            )
-            for kept in self.kept
-        )  # fmt: skip
+        return tuple(kept.artifact() for kept in self.kept)
 
     def rows(self) -> list[tuple[str, ...]]:
         """Returns the table: a line per method, means with their 95 % intervals."""
@@ -114,7 +107,7 @@ class SteeringRun:
         """Returns everything for people: tables, answers, one sentence."""
         style = self.style
         moved = len(style.of(style.baseline).moved)
-        facts = [(name, _told(value)) for name, value in self.facts.items()]
+        facts = [(name, told(value)) for name, value in self.facts.items()]
         parts = [
             f"{style.markers.name}: {style.n} questions, {moved} unrelated prompts, 95 % intervals",
             align([self.columns, *self.rows()]),
@@ -179,7 +172,3 @@ def _cell(found: Mean) -> str:
     ends = [round(end, 6) for end in (found.low, found.high) if end is not None]
     spread = f" [{ends[0]:.2g}, {ends[1]:.2g}]" if ends else ""
     return f"{found.value:.3g}{spread}"
-
-
-def _told(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
