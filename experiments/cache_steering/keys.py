@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ Raw = Mapping[int, torch.Tensor]
 """Layer to ``[kv_head, dim]``."""
 
 
-def raw_delta(model: Any, tokenizer: Any, contrast: Contrast, folder: Path) -> Raw:
+def raw_delta(
+    model: Any, tokenizer: Any, contrast: Contrast, folder: Path, sites: Sequence[str]
+) -> Raw:
     """Returns the mean difference of last keys after RoPE, each at its own prompt's position."""
-    found = read_contrast(model, tokenizer, contrast, sites=("keys", "values", "residual"),
-                          folder=folder)  # fmt: skip
+    found = read_contrast(model, tokenizer, contrast, sites=sites, folder=folder)
     sides = {"positive": found.positive["keys"], "negative": found.negative["keys"]}
     ends = {
         name: torch.tensor([len(side_source(tokenizer, getattr(pair, name), None).tokens) - 1

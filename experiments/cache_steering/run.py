@@ -31,6 +31,7 @@ from setup import (  # beside this file
     Draw,
     in_cache,
     markers,
+    on_from_offset,
 )
 from table import tables  # beside this file
 
@@ -41,13 +42,15 @@ from kvedit.evals.steering import (
     StyleReport,
     evaluate_style,
 )
-from kvedit.steering import Last, extract, steered
+from kvedit.steering import extract
+
+SITES = ("keys", "values", "residual")
 
 
 def delta_of(draw: Draw) -> kv.Delta:
     """Returns the seed's mean difference at the last prompt token."""
     return extract(draw.model, draw.tokenizer, draw.contrast,
-                   sites=("keys", "values", "residual"),
+                   sites=SITES,
                    folder=draw.folder / f"read{draw.seed}")  # fmt: skip
 
 
@@ -62,16 +65,6 @@ def report(draw: Draw, delta: kv.Delta, methods: dict[str, Method], random_at: f
     )  # fmt: skip
 
 
-def hook(draw: Draw, delta: kv.Delta, layer: int) -> Callable[[float], Any]:
-    """Returns steering of one layer from the offset token on: the same tokens see it as in cache.
-
-    The scope "generation" alone begins with the first chosen token, whose own choice, the style's
-    opening, it does not touch.
-    """
-    one = delta.only(sites="residual", layers=[layer])
-    return lambda c: steered(draw.model, one, c, scope=Last(1) | "generation")
-
-
 def pilot(model: Any, tokenizer: Any, folder: Path) -> None:
     """Tries strengths on questions that are asked nowhere else."""
     draw = Draw(model, tokenizer, folder, PILOT, 16, 8)
@@ -79,7 +72,8 @@ def pilot(model: Any, tokenizer: Any, folder: Path) -> None:
     methods = {f"V {c}": Method(lambda c: in_cache(delta, c), float(c), None, delta.digest)
                for c in (2, 3, 4, 6, 8)}  # fmt: skip
     methods |= {
-        f"residual {layer}, {c}": Method(hook(draw, delta, layer), float(c), None, delta.digest)
+        f"residual {layer}, {c}": Method(on_from_offset(model, delta, "residual", [layer]),
+                                         float(c), None, delta.digest)
         for layer in (10, 16) for c in (1, 2, 4)
     }  # fmt: skip
     print(report(draw, delta, methods, 4.0))
@@ -88,9 +82,10 @@ def pilot(model: Any, tokenizer: Any, folder: Path) -> None:
 def main_rows(draw: Draw) -> StyleReport:
     """Returns the rows of the main question."""
     delta = delta_of(draw)
+    hook = on_from_offset(draw.model, delta, "residual", [LAYER])
     rows = {
         "values": Method(lambda c: in_cache(delta, c), C_V, None, delta.digest),
-        "residual": Method(hook(draw, delta, LAYER), RESIDUAL, None, f"{delta.digest} {LAYER}"),
+        "residual": Method(hook, RESIDUAL, None, f"{delta.digest} {LAYER}"),
     }
     return report(draw, delta, rows, C_V)
 
@@ -99,7 +94,9 @@ def key_rows(draw: Draw) -> StyleReport:
     """Returns the rows about keys, on the first of the seed's questions."""
     delta = delta_of(draw)
     own, turned = delta.digest, delta.vectors["keys"]
-    raw = raw_delta(draw.model, draw.tokenizer, draw.contrast, draw.folder / f"read{draw.seed}")
+    raw = raw_delta(
+        draw.model, draw.tokenizer, draw.contrast, draw.folder / f"read{draw.seed}", SITES
+    )
     even = {i: v * (turned[i].norm() / v.norm()) for i, v in raw.items()}
     edits: dict[str, Callable[[float], Any]] = {
         "values, less": lambda c: in_cache(delta, c),

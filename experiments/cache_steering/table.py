@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 
 from setup import (  # beside this file
     ACCURACY_BELOW_NONE,
@@ -43,23 +44,27 @@ def tables(main: Reports, keys: Reports) -> str:
 def names(reports: Reports) -> list[str]:
     """Returns methods; each seed's random direction is one of them, by one name."""
     first = next(iter(reports.values()))
-    return ["random" if name.startswith("random") else name for name in first.names]
+    every = ["random" if name.startswith("random ") else name for name in first.names]
+    return list(dict.fromkeys(every))
 
 
 def cases(reports: Reports, name: str, metric: str) -> dict[str, float]:
     """Returns a metric question by question, or prompt by prompt, of all seeds."""
     found: dict[str, float] = {}
     for seed, report in reports.items():
-        own = f"random {seed}" if name == "random" else name
-        if metric == "two":
-            values = {k: float(v >= 2) for k, v in report.values(own, "markers").items()}
-        elif metric == "begins":
-            values = {r.key: float(_BEGINS.match(r.answer) is not None)
-                      for r in report.of(own).answers}  # fmt: skip
-        else:
-            values = report.values(own, metric)
-        found |= {f"{seed} {key}": value for key, value in values.items()}
+        # One random direction or several: a question's value is their mean.
+        rows = [r for r in report.names if r.startswith("random ")] if name == "random" else [name]
+        each = [_values(report, row, metric) for row in rows]
+        found |= {f"{seed} {key}": fmean(row[key] for row in each) for key in each[0]}
     return found
+
+
+def _values(report: StyleReport, row: str, metric: str) -> dict[str, float]:
+    if metric == "two":
+        return {k: float(v >= 2) for k, v in report.values(row, "markers").items()}
+    if metric == "begins":
+        return {r.key: float(_BEGINS.match(r.answer) is not None) for r in report.of(row).answers}
+    return dict(report.values(row, metric))
 
 
 def means(reports: Reports, rows: Sequence[str]) -> str:
@@ -95,27 +100,27 @@ def by_seed(reports: Reports, rows: Sequence[str]) -> str:
     return _table(["marked", *(f"seed {seed}" for seed in reports)], lines)
 
 
-def bars(reports: Reports) -> str:
+def bars(reports: Reports, row: str = "values") -> str:
     """Returns what was asked for beforehand, and what came."""
 
     def of(name: str, metric: str) -> Mean:
         return _mean(reports, name, metric)
 
     def above(metric: str) -> Mean:
-        return paired_difference(*(cases(reports, name, metric) for name in ("values", "none")))
+        return paired_difference(*(cases(reports, name, metric) for name in (row, "none")))
 
     asked = [
-        ("values: marked", f"≥ {STEERED_AT_LEAST}", of("values", "marked"), "marked",
-         of("values", "marked").value >= STEERED_AT_LEAST),
+        (f"{row}: marked", f"≥ {STEERED_AT_LEAST}", of(row, "marked"), "marked",
+         of(row, "marked").value >= STEERED_AT_LEAST),
         ("none: marked", f"≤ {OTHERS_AT_MOST}", of("none", "marked"), "marked",
          of("none", "marked").value <= OTHERS_AT_MOST),
         ("random: marked", f"≤ {OTHERS_AT_MOST}", of("random", "marked"), "marked",
          of("random", "marked").value <= OTHERS_AT_MOST),
-        ("values: KL, unrelated", f"≤ {KL_AT_MOST}", of("values", "kl"), "kl",
-         of("values", "kl").value <= KL_AT_MOST),
-        ("values − none: repeat", f"≤ {REPEAT_ABOVE_NONE}", above("repeat"), "repeat",
+        (f"{row}: KL, unrelated", f"≤ {KL_AT_MOST}", of(row, "kl"), "kl",
+         of(row, "kl").value <= KL_AT_MOST),
+        (f"{row} − none: repeat", f"≤ {REPEAT_ABOVE_NONE}", above("repeat"), "repeat",
          above("repeat").value <= REPEAT_ABOVE_NONE),
-        ("values − none: right", f"≥ −{ACCURACY_BELOW_NONE}", above("accuracy"), "accuracy",
+        (f"{row} − none: right", f"≥ −{ACCURACY_BELOW_NONE}", above("accuracy"), "accuracy",
          above("accuracy").value >= -ACCURACY_BELOW_NONE),
     ]  # fmt: skip
     lines = [[what, bar, _shown(found, metric), "met" if met else "**missed**"]

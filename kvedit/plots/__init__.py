@@ -2,6 +2,7 @@
 
 from kvedit.plots.atlas import head_atlas
 from kvedit.plots.attention import received, token_labels
+from kvedit.plots.deltas import delta_norms
 from kvedit.plots.differences import comparison
 from kvedit.plots.frontier import frontier
 from kvedit.plots.grid import heatmap
@@ -11,6 +12,7 @@ from kvedit.plots.strengths import strength_map
 
 __all__ = [
     "comparison",
+    "delta_norms",
     "frontier",
     "head_atlas",
     "heatmap",

@@ -150,6 +150,9 @@ def draw(axes: Axes, grid: Grid) -> None:
     above = bool(grid.values.isposinf().any())
     bar = axes.figure.colorbar(image, ax=axes, extend="max" if above else "neither", pad=0.02)
     bar.set_label(f"{grid.colour}\n(red: infinite)" if above else grid.colour)
+    if grid.log:
+        bar.formatter = bar.minorformatter = _plain_numbers()
+        bar.update_ticks()
 
 
 def draw_bars(axes: Axes, grid: Grid) -> None:
@@ -171,6 +174,19 @@ def _colours() -> Any:
     return matplotlib.colormaps["viridis"].with_extremes(over="crimson")
 
 
+def _plain_numbers() -> Any:
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        """0.5 in place of five times ten to the minus one, where a tick has a label at all."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    # Less than a decade has few powers of ten; then ticks between them are labelled as well.
+    return Plain(labelOnlyBase=False)
+
+
 def _scale(finite: torch.Tensor, grid: Grid) -> Any:
     from matplotlib.colors import LogNorm, Normalize
 
@@ -178,7 +194,8 @@ def _scale(finite: torch.Tensor, grid: Grid) -> Any:
     if grid.log and high > 0:
         positive = float(finite[finite > 0].min())
         # A little below the smallest value: a scale of one value has no width.
-        return LogNorm(max(positive, high / 10**_LOG_DECADES) * 0.999, high)
+        # And a little above the largest: drawing rounds, and what is beyond would look infinite.
+        return LogNorm(max(positive, high / 10**_LOG_DECADES) * 0.999, high * 1.001)
     low = min(low, 0.0) if grid.zero else low
     return Normalize(low, high if high > low else low + 1.0)
 

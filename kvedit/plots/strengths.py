@@ -56,6 +56,7 @@ def strength_map(
     figure, axes = new_figure(width * len(grids), height, len(grids))
     for one, grid in zip([axes] if len(grids) == 1 else axes, grids, strict=True):
         draw(one, grid)
+        one.tick_params(axis="x", labelrotation=0)  # strengths are short
         if max(rows, columns) <= _NUMBERS:
             _write(one, grid)
     figure.suptitle(title or f"n = {found.report.n} questions", fontsize="medium")

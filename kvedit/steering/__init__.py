@@ -16,6 +16,7 @@ _LAZY = {
     "Readings": "readings",
     "arithmetic_questions": "questions",
     "compile_residual": "compiling",
+    "delta_of": "extracting",
     "extract": "extracting",
     "extract_clusters": "extracting",
     "extraction_report": "report",

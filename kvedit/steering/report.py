@@ -18,6 +18,9 @@ from kvedit.steering.readings import Readings
 
 __all__ = ["ExtractionReport", "Finding", "extraction_report", "prune_heads"]
 
+_HEAD = ("site", "layer", "head", "norm", "relative", "explained", "accuracy", "ordered")
+_SHOWN = 3  # vectors of each site that a look at the report shows
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -83,15 +86,33 @@ class ExtractionReport:
 
     def table(self) -> str:
         """Returns a Markdown table."""
-        head = "| site | layer | head | norm | relative | explained | accuracy | ordered |"
-        lines = [head, "|---|---|---|---|---|---|---|---|"]
+        rows = (_HEAD, ("---",) * len(_HEAD), *map(_cells, self.findings))
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+    def _longest(self, count: int) -> list[Finding]:
+        """Returns the longest vectors of each site, the longest first."""
+        sites: dict[str, list[Finding]] = {}
         for one in self.findings:
-            number = "" if one.head is None else str(one.head)
-            lines.append(
-                f"| {one.site} | {one.layer} | {number} | {one.norm:.3g} | {one.relative:.3g} | "
-                f"{one.explained:.2f} | {one.accuracy:.2f} | {one.ordered:.2f} |"
-            )
-        return "\n".join(lines)
+            sites.setdefault(one.site, []).append(one)
+        ordered = (sorted(each, key=lambda one: -one.norm) for each in sites.values())
+        return [one for each in ordered for one in each[:count]]
+
+    def __repr__(self) -> str:
+        """The longest vectors of each site, with the numbers of pairs and vectors above them."""
+        chosen = self._longest(_SHOWN)
+        head = f"{self.pairs} pairs, held out in {self.folds} folds; {len(self.findings)} vectors"
+        if len(chosen) < len(self.findings):
+            head += f", the {_SHOWN} longest of each site:"
+        rows = (_HEAD, *map(_cells, chosen))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        padded = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+        return "\n".join([head, *("  ".join(row) for row in padded)])
+
+
+def _cells(one: Finding) -> tuple[str, ...]:
+    shares = (f"{share:.2f}" for share in (one.explained, one.accuracy, one.ordered))
+    head = "" if one.head is None else str(one.head)
+    return (one.site, str(one.layer), head, f"{one.norm:.3g}", f"{one.relative:.3g}", *shares)
 
 
 def extraction_report(

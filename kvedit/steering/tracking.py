@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -122,9 +122,9 @@ class Tracker:
         if running is None or tokens is None:
             return
         _pass.set(None)
-        made = next(
-            (c for n in CACHE_ARGUMENTS if (c := getattr(output, n, None)) is not None), None
-        )
+        # By key: as an attribute, transformers 5.24 warns of the name that it gave up.
+        fields = output if isinstance(output, Mapping) else {}
+        made = next((fields[name] for name in CACHE_ARGUMENTS if name in fields), None)
         if made is None:
             return
         # A pass without a cache may have made one; those that follow are given it.

@@ -68,6 +68,37 @@ def test_flat_values_can_be_drawn(values, log):
     assert drawn(plots.heatmap(values, log=log))
 
 
+def test_only_infinite_cells_are_red():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    def red(values):
+        canvas = FigureCanvasAgg(plots.heatmap(values, log=True))
+        canvas.draw()
+        pixels = torch.tensor(canvas.buffer_rgba().tolist())[..., :3]
+        return bool((pixels == torch.tensor([220, 20, 60])).all(dim=-1).any())
+
+    # Drawing rounds: the largest value must not come out beyond the scale.
+    narrow = torch.tensor([[23.18363380432129], [23.95876121520996], [24.621103286743164]])
+    assert not red(narrow)
+    assert red(torch.cat((narrow, torch.tensor([[torch.inf]]))))
+
+
+@pytest.mark.parametrize(
+    ("values", "some"),
+    [([[0.001, 0.01, 0.1, 1.0, 10.0]], {"0.01", "0.1", "1"}), ([[0.3, 0.4, 0.6]], {"0.4", "0.6"})],
+    ids=["decades", "within one"],
+)
+def test_logarithmic_colours_have_plain_numbers(values, some):
+    figure = plots.heatmap(torch.tensor(values), log=True)
+    assert drawn(figure)
+    axis = figure.axes[1].yaxis
+    written = {
+        label.get_text() for label in (*axis.get_ticklabels(), *axis.get_ticklabels("minor"))
+    }
+    assert some <= written
+    assert all(float(text) > 0 for text in written if text)
+
+
 def test_many_labels_are_thinned():
     figure = plots.heatmap(torch.rand(2, 1000), columns=[f"token{i}" for i in range(1000)])
     labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]

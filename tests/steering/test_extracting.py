@@ -12,6 +12,7 @@ from kvedit.steering import (
     Contrast,
     Estimator,
     Readings,
+    delta_of,
     extract,
     extract_clusters,
     extraction_report,
@@ -19,7 +20,7 @@ from kvedit.steering import (
     prune_heads,
     read_contrast,
 )
-from kvedit.steering.extracting import cluster_deltas, delta_of
+from kvedit.steering.extracting import cluster_deltas
 
 SITES = ("keys", "values", "residual", "attention")
 TEXTS = [
@@ -170,6 +171,23 @@ def test_report_finds_the_planted_head(planted):
     assert "| residual | 2 |  |" in report.table()
     with pytest.raises(UnknownName, match="site 'queries'"):
         report.by_layer("queries")
+
+
+def test_a_look_at_a_report_shows_the_longest_of_each_site(planted):
+    report = extraction_report(planted, folds=4)
+    head, columns, *rows = repr(report).splitlines()
+    assert head.startswith(f"{planted.pairs} pairs, held out in 4 folds; 15 vectors, the 3 longest")
+    assert len({len(row) for row in (columns, *rows)}) == 1  # aligned
+    shown = [row.split() for row in rows]
+    for site in ("keys", "values", "residual"):
+        every = [one for one in report.findings if one.site == site]
+        longest = sorted(every, key=lambda one: one.norm, reverse=True)[:3]
+        found = [(row[1], row[-5]) for row in shown if row[0] == site]
+        assert found == [(str(one.layer), f"{one.norm:.3g}") for one in longest]
+    assert columns.split() == list(report.rows()[0])
+    one = extraction_report(planted.part(range(4)), folds=2)
+    few = type(one)(one.findings[:2], one.pairs, one.folds)
+    assert repr(few).splitlines()[0] == "4 pairs, held out in 2 folds; 2 vectors"
 
 
 def test_figures_of_a_report_are_what_they_say(planted):

@@ -197,4 +197,7 @@ def _wilson(share: float, n: int) -> Mean:
     z = 1.959964
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Mean(share, max(0.0, middle - half), min(1.0, middle + half), n)
+    # At 0 and 1 one end is the share itself, which rounding would miss by 1e-17.
+    low = 0.0 if share == 0 else middle - half
+    high = 1.0 if share == 1 else middle + half
+    return Mean(share, low, high, n)
