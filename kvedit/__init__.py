@@ -40,6 +40,7 @@ _MODULES = (
     "models",
     "plots",
     "runtime",
+    "serving",
     "steering",
     "store",
     "testing",

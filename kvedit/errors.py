@@ -17,6 +17,7 @@ __all__ = [
     "MutatedMemory",
     "NotCertified",
     "NotFound",
+    "NotServed",
     "RaceLost",
     "ShapeMismatch",
     "SpanNotFound",
@@ -66,6 +67,10 @@ class ContextTooLong(KVEditError, ValueError):
 
 class TemplateNotCuttable(KVEditError):
     """A chat template renders the longer conversation differently from its beginning."""
+
+
+class NotServed(KVEditError):
+    """An engine answered without the memory that it was asked to answer from."""
 
 
 class CorruptMemory(KVEditError):

@@ -30,6 +30,7 @@ from kvedit.runs.verbs.names import ANNOTATE, BRANCH, PIN, ROLLBACK, TAG, UNPIN
 from kvedit.runs.verbs.profile import PROFILE
 from kvedit.runs.verbs.remote import EVICT, PULL, PUSH, SYNC
 from kvedit.runs.verbs.replay import REPLAY
+from kvedit.runs.verbs.serve import SERVE
 from kvedit.runs.verbs.study import STUDY
 from kvedit.runs.verbs.train import TRAIN
 from kvedit.runs.verbs.upkeep import DU, FSCK, GC, STATS
@@ -46,6 +47,7 @@ VERBS: tuple[Verb, ...] = (
     COMPOSE,
     ASK,
     SCORE,
+    SERVE,
     LS,
     SHOW,
     LOG,

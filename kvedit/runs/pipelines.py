@@ -20,6 +20,7 @@ PIPELINES: Mapping[str, str] = {
     "composition": "composition_pipeline",
     "steering": "steering_pipeline",
     "cast": "cast_pipeline",
+    "serve": "serve_pipeline",
 }
 """Name to the module of :mod:`kvedit.runs` that has its ``plan`` and ``run``."""
 
