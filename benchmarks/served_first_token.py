@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import kvedit as kv
+from kvedit.models.packaged import packaged_folder
 from kvedit.serving import request
 
 TEXT = Path(__file__).resolve().parents[1] / "docs"
@@ -74,7 +75,7 @@ def main() -> None:
         store.put(kv.capture(model, tokenizer, ids), "pages")
         question = tokenizer(QUESTION, add_special_tokens=False).input_ids
         ask = request(store, "pages", torch.tensor(question), tokenizer)
-        llm = engine(model.name_or_path, Path(folder), options.slots,
+        llm = engine(str(packaged_folder()), Path(folder), options.slots,
                      0 if options.cold else 1 << 30)  # fmt: skip
         rows = {"prefill": (ids.tolist() + question, None),
                 "memory": (list(ask.prompt_ids), ask.extra_args)}  # fmt: skip
