@@ -12,6 +12,7 @@ _LAZY = {
     "multiplied": "multiplicity",
     "request": "requesting",
     "served": "slots",
+    "to_lmcache": "lmcache",
 }
 
 __all__ = sorted(_LAZY)

@@ -39,39 +39,38 @@ def multiplied(memory: KVMemory) -> KVMemory:
 
 
 def _held(index: int, layer: LayerKV) -> LayerKV:
-    counts = _counts(index, layer)
     plain = dataclasses.replace(layer, bias=None)
+    if layer.bias is None:
+        return plain
+    counts = _counts(index, layer.bias.detach().cpu().double())
     if bool((counts == 1).all()):
         return plain
     return plain.select(torch.arange(layer.slots).repeat_interleave(counts))
 
 
-def _counts(index: int, layer: LayerKV) -> torch.Tensor:
+def _counts(index: int, bias: torch.Tensor) -> torch.Tensor:
     """Returns how often each slot is to be held, ``[slot]`` int64."""
-    bias = layer.bias if layer.bias is not None else torch.zeros(1, layer.slots)
-    bias = bias.detach().cpu().double()
     if not bool((bias == bias[:1]).all()):
-        lost = bool(bias.isneginf().any())
+        raise InvalidArgument(f"layer {index}: {_differs(bias)}")
+    counts = bias[0].exp().round()
+    off = (bias[0] - counts.log()).abs().nan_to_num(0.0)  # -inf, which is no slot, is off by nan
+    wrong = (off > _NEAR) | (counts > MOST)
+    if bool(wrong.any()):
         raise InvalidArgument(
-            f"layer {index}: "
-            + (
-                "some heads lack slots that others have (a bias of -inf): compact with one choice "
-                "for all heads, or with layout='packed'"
-                if lost
-                else "attention bias differs between heads, which no engine takes: run the Compile "
-                "editor, or serve with --engine hf"
-            )
-        )
-    weights = bias[0].exp()
-    counts = weights.round()
-    off = (bias[0] - counts.log()).abs()
-    off = torch.where(bias[0].isneginf(), 0.0, off)
-    worst = int(off.argmax()) if layer.slots else 0
-    if layer.slots and (float(off[worst]) > _NEAR or float(counts.max()) > MOST):
-        found = float(bias[0, worst if float(off[worst]) > _NEAR else int(counts.argmax())])
-        raise InvalidArgument(
-            f"layer {index}: attention bias {found:.4g} is not log m for a whole m up to {MOST}, "
-            "so slots held several times can't stand for it: run the Compile editor, or serve "
-            "with --engine hf"
+            f"layer {index}: attention bias {float(bias[0, wrong][0]):.4g} is not log m for a "
+            f"whole m up to {MOST}, so slots held several times can't stand for it: run the "
+            "Compile editor, or serve with --engine hf"
         )
     return counts.long()
+
+
+def _differs(bias: torch.Tensor) -> str:
+    if bool(bias.isneginf().any()):
+        return (
+            "some heads lack slots that others have (a bias of -inf): compact with one choice for "
+            "all heads, or with layout='packed'"
+        )
+    return (
+        "attention bias differs between heads, which no engine takes: run the Compile editor, or "
+        "serve with --engine hf"
+    )

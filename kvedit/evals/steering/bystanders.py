@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from kvedit.evals.recall.reading import Ids
 from kvedit.evals.steering.asker import Asker, Place, Prompt, Transform
 from kvedit.evals.steering.entering import Entry, Steering
 from kvedit.evals.steering.keeping import Keep
+from kvedit.evals.steering.parting import draw_parts
 from kvedit.memory.digest import canonical_json, digest_bytes
 
 __all__ = ["Bystanders", "Moved"]
@@ -128,35 +127,39 @@ class Bystanders:
         return found
 
     def split(
-        self, share: float, seed: int = 0, by: Mapping[str, float] | None = None
+        self,
+        share: float,
+        seed: int = 0,
+        by: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None,
     ) -> tuple[list[int], list[int]]:
         """Returns indices of two parts that are alike: one to choose by, one to report.
 
         Prompts are put in order by a number that the method which is measured has no part in, and
         each run of neighbours gives its share to the first part, by lot. Answers that are open
-        move further than those that are certain, so this takes luck out of the split.
+        move further than those that are certain, so this takes luck out of the split. With a list
+        of such numbers the means of the parts are then brought together in all of them.
 
         Args:
             share: fraction of the first part, in (0, 1).
             seed: seed of the draw.
-            by: key to number; None takes the unedited model's entropy.
+            by: key to number; None takes the unedited model's entropy. Or several of these, such
+                as the KLs of other kinds of steering (:meth:`moved`).
 
         Raises:
-            InvalidArgument: if a part would be empty.
+            InvalidArgument: if a part would be empty, or there is nothing to split by.
         """
         count = round(self.n * share)
         if not 0 < share < 1 or not 1 <= count < self.n:
             raise InvalidArgument(
                 f"{self.n} prompts can't be split into {share:g} of them and a rest"
             )
-        given = self.entropy if by is None else [by[key] for key in self.keys]
-        order = sorted(range(self.n), key=lambda index: given[index])
-        drawn = random.Random(seed)
-        # The k-th prompt of the first part is drawn from the k-th run of equal length.
-        edges = [round(part * self.n / count) for part in range(count + 1)]
-        runs = [order[start:stop] for start, stop in pairwise(edges)]
-        first = sorted(drawn.choice(run) for run in runs)
-        return first, sorted(set(range(self.n)) - set(first))
+        if by is None:
+            return draw_parts([self.entropy], count, seed, balance=False)
+        several = [by] if isinstance(by, Mapping) else list(by)
+        if not several:
+            raise InvalidArgument("by: expected numbers to split by, found an empty list")
+        columns = [[numbers[key] for key in self.keys] for numbers in several]
+        return draw_parts(columns, count, seed, balance=not isinstance(by, Mapping))
 
     def _batches(self, indices: Sequence[int]) -> list[tuple[int, ...]]:
         # Batches are cut from the whole set, not from the part that is asked for, so that what is

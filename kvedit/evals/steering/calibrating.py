@@ -15,7 +15,13 @@ from kvedit.evals.searching import Crossing, find_crossing, find_rungs
 from kvedit.evals.steering.bystanders import Bystanders
 from kvedit.evals.steering.entering import Apply, Steering
 
-__all__ = ["CalibratedStrength", "StrengthKL", "calibrate_strength"]
+__all__ = ["CalibratedStrength", "Parts", "Pilot", "StrengthKL", "calibrate_strength"]
+
+Pilot = Callable[[], Steering]
+"""Makes something that steers, other than what is calibrated."""
+
+Parts = tuple[Sequence[int], Sequence[int]]
+"""Indices of the prompts to choose by, and of those to report."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,8 @@ def calibrate_strength(
     *,
     bracket: tuple[float, float] = (0.0, 1.0),
     ladder: Sequence[float] | None = None,
-    pilot: Callable[[], Steering] | None = None,
+    pilot: Pilot | Sequence[Pilot] | None = None,
+    parts: Parts | None = None,
     share: float = 0.5,
     scan: int = 3,
     tolerance: float = 0.01,
@@ -142,7 +149,11 @@ def calibrate_strength(
             large to small. The result then has both neighbours of the target.
         pilot: makes something else that steers, such as a random direction in the same place:
             the two parts are then alike in how far it moves them, rather than in entropy. It is a
-            better guess of how far a prompt can be moved, and not made by the method either.
+            better guess of how far a prompt can be moved, and not made by the method either. Of
+            several, the parts are alike in each (:meth:`Bystanders.split`).
+        parts: indices of the prompts by which the strength is chosen, and of those on which it is
+            reported, such as of one split for several methods, or the same the other way round;
+            None draws them, by ``pilot``, ``share`` and ``seed``.
         share: fraction of prompts by which the strength is chosen.
         scan: strengths of the scan, both ends included.
         tolerance: distance from the target at which to stop, as a share of it.
@@ -154,15 +165,14 @@ def calibrate_strength(
         seed: seed of split and bootstrap.
 
     Raises:
-        InvalidArgument: if a number is out of range, or the target is not crossed.
+        InvalidArgument: if a number or an index is out of range, or the target is not crossed.
     """
     _check(target_kl, bracket, ladder, scan, tolerance, most)
     facts = {"kind": "strengths", "name": name, "bystanders": bystanders.digest}
     known = _Known(bystanders, Journal(path, facts))
-    by = None
-    if pilot is not None:
-        by = dict(zip(bystanders.keys, known.kl("pilot", pilot, range(bystanders.n)), strict=True))
-    first, rest = bystanders.split(share, seed, by)
+    if parts is None:
+        parts = bystanders.split(share, seed, None if pilot is None else known.by(pilot))
+    first, rest = _checked(parts, bystanders.n)
 
     def read(strength: float, part: Sequence[int]) -> list[float]:
         return known.kl(repr(strength), lambda: apply(strength), part)
@@ -211,6 +221,24 @@ class _Known:
             for key, moved in self.bystanders.moved(make, missing).items():
                 self.journal.add({"key": f"{name}:{key}", **moved.to_json()})
         return [float(self.journal.done[key]["kl"]) for key in keys]
+
+    def by(self, pilot: Pilot | Sequence[Pilot]) -> dict[str, float] | list[dict[str, float]]:
+        """Returns key to KL under a pilot, or a list of these."""
+        every, keys = range(self.bystanders.n), self.bystanders.keys
+        if callable(pilot):
+            return dict(zip(keys, self.kl("pilot", pilot, every), strict=True))
+        found = [self.kl(f"pilot {number}", one, every) for number, one in enumerate(pilot)]
+        return [dict(zip(keys, values, strict=True)) for values in found]
+
+
+def _checked(parts: Parts, n: int) -> Parts:
+    first, rest = (sorted(set(part)) for part in parts)
+    if not first or not rest or set(first) & set(rest) or not {*first, *rest} <= set(range(n)):
+        raise InvalidArgument(
+            f"parts: expected two lists of prompts' indices from 0 to {n - 1}, with none in both, "
+            f"found {len(first)} and {len(rest)}, {len(set(first) & set(rest))} in both"
+        )
+    return first, rest
 
 
 def _check(

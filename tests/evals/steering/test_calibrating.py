@@ -73,6 +73,42 @@ def test_a_pilot_pairs_prompts_by_how_far_it_moves_them(delta, bystanders, tmp_p
     assert path.read_text().count('"pilot:') == 10
 
 
+def test_several_pilots_make_parts_that_are_alike_in_each(delta, bystanders, tmp_path) -> None:
+    path = tmp_path / "pilots.jsonl"
+    others = [random_like(delta, seed=seed) for seed in (2, 3, 4)]
+    pilots = [lambda other=other: one_shot(other)(3.0) for other in others]
+    found = calibrate_strength(one_shot(delta), bystanders, 0.2, pilot=pilots, path=path)
+    by = [{key: m.kl for key, m in bystanders.moved(pilot).items()} for pilot in pilots]
+    first, rest = bystanders.split(0.5, 0, by)
+    assert found.nearest.held_out.value == pytest.approx(
+        kl(bystanders, one_shot(delta), found.strength, rest), rel=1e-4
+    )
+    assert [path.read_text().count(f'"pilot {n}:') for n in range(4)] == [10, 10, 10, 0]
+    # One pilot alone, given as a list, is brought nearer still than in pairs by lot.
+    single = [bystanders.split(0.5, 0, by[0]), bystanders.split(0.5, 0, by[:1])]
+    number = [by[0][key] for key in bystanders.keys]
+    means = [[fmean(number[i] for i in part) for part in parts] for parts in single]
+    assert abs(means[1][0] - means[1][1]) <= abs(means[0][0] - means[0][1])
+    with pytest.raises(InvalidArgument, match="empty"):
+        bystanders.split(0.5, 0, [])
+
+
+def test_parts_can_be_given_and_changed_about(delta, bystanders, tmp_path) -> None:
+    path, apply = tmp_path / "parts.jsonl", one_shot(delta)
+    parts = bystanders.split(0.5, seed=3)
+    one = calibrate_strength(apply, bystanders, 0.2, parts=parts, path=path)
+    other = calibrate_strength(apply, bystanders, 0.2, parts=parts[::-1], path=path)
+    for found, (first, rest) in ((one, parts), (other, parts[::-1])):
+        assert found.nearest.chosen_by.value == pytest.approx(0.2, rel=0.01)
+        held = kl(bystanders, apply, found.strength, rest)
+        assert found.nearest.held_out.value == pytest.approx(held, rel=1e-4)
+        assert kl(bystanders, apply, found.strength, first) == pytest.approx(0.2, rel=0.011)
+    assert (one.error > 0) != (other.error > 0)
+    for wrong in (([], [1]), ([0], []), ([0, 1], [1, 2]), ([0], [10]), ([-1], [0])):
+        with pytest.raises(InvalidArgument, match="parts"):
+            calibrate_strength(apply, bystanders, 0.2, parts=wrong)
+
+
 def test_two_kinds_of_steering_can_be_set_equal_over_the_same_answers(
     tiny, delta, once, always
 ) -> None:
