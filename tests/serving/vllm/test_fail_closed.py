@@ -55,7 +55,6 @@ WRONG = {
     "an absolute path": lambda ids, n: (ids, {"memory": "/etc/passwd"}),
     "an unknown digest": lambda ids, n: (ids, {"memory": "0" * 64}),
     "no text": lambda ids, n: (ids, {"memory": 5}),
-    "no mapping": lambda ids, n: (ids, "a-whole"),
     "misspelt": lambda ids, n: (ids, {"memo": "a-whole"}),
     "another model": lambda ids, n: (ids, {"memory": "foreign"}),
     "bias": lambda ids, n: (ids, {"memory": "biased"}),

@@ -57,22 +57,24 @@ def test_two_more_turns(start, asks, expected, model):
             assert not differences(wanted, engine.answers([again])[0])
 
 
-def test_larger_pages(start, asks, expected):
-    assert wrong(start(block_size=128), asks, expected) == {}
-
-
-def test_without_a_prefix_cache(start, asks, expected):
-    engine = start(enable_prefix_caching=False)
-    assert wrong(engine, asks, expected) == {}
-    assert wrong(engine, asks, expected) == {}
+def test_larger_pages_and_no_prefix_cache(start, asks, expected):
+    engine = start(block_size=128, enable_prefix_caching=False)
+    for _ in range(2):
+        assert wrong(engine, asks, expected) == {}
 
 
 def test_compiled(start, asks, expected):
     assert wrong(start(enforce_eager=False), asks, expected) == {}
 
 
-def test_engines_that_cannot_serve_do_not_start(start):
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"transfer": {"kv_load_failure_policy": "recompute"}}, "recomputed are placeholders"),
+        ({"extra": {"stores": "misspelt"}}, "kv_connector_extra_config: expected store"),
+    ],
+)
+def test_engines_that_cannot_serve_do_not_start(start, capfd, options, says):
     with pytest.raises(Exception, match=r"Engine core initialization failed|kvedit"):
-        start(transfer={"kv_load_failure_policy": "recompute"})
-    with pytest.raises(Exception, match=r"Engine core initialization failed|kvedit"):
-        start(extra={"stores": "misspelt"})
+        start(**options)
+    assert says in "".join(capfd.readouterr())
