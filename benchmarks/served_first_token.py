@@ -5,7 +5,7 @@
 One engine, prefix caching off, so that nothing is remembered between requests. Pairs alternate in
 order; each request asks for one token, so its time is that to the first one. The memory is read
 from a store on disk, its bytes checked, once; later requests find it in the worker's memory, as a
-server's do. ``--cold`` keeps nothing there.
+server's do; the first one is told apart.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def tokens_of(tokenizer: Any, count: int) -> torch.Tensor:
     return torch.tensor(ids[:count])
 
 
-def engine(model: str, store: Path, slots: int, capacity: int) -> Any:
+def engine(model: str, store: Path, slots: int) -> Any:
     """Returns a stock engine with the connector."""
     from vllm import LLM
     from vllm.config import KVTransferConfig
@@ -43,7 +43,7 @@ def engine(model: str, store: Path, slots: int, capacity: int) -> Any:
     transfer = KVTransferConfig(
         kv_connector="MemoryConnector", kv_role="kv_consumer",
         kv_connector_module_path="kvedit.serving.vllm.connector",
-        kv_connector_extra_config={"store": str(store), "capacity": capacity},
+        kv_connector_extra_config={"store": str(store)},
     )  # fmt: skip
     return LLM(model=model, dtype="float32", max_model_len=slots + 256, enforce_eager=True,
                max_num_batched_tokens=slots + 256, enable_prefix_caching=False,
@@ -65,7 +65,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--slots", type=int, default=1024)
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--cold", action="store_true", help="keep no memory in the worker")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     torch.set_num_threads(1)
@@ -75,8 +74,7 @@ def main() -> None:
         store.put(kv.capture(model, tokenizer, ids), "pages")
         question = tokenizer(QUESTION, add_special_tokens=False).input_ids
         ask = request(store, "pages", torch.tensor(question), tokenizer)
-        llm = engine(str(packaged_folder()), Path(folder), options.slots,
-                     0 if options.cold else 1 << 30)  # fmt: skip
+        llm = engine(str(packaged_folder()), Path(folder), options.slots)
         rows = {"prefill": (ids.tolist() + question, None),
                 "memory": (list(ask.prompt_ids), ask.extra_args)}  # fmt: skip
         first = {name: seconds(llm, *row)[0] for name, row in rows.items()}
