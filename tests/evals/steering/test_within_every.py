@@ -39,6 +39,22 @@ EDITORS: dict[str, Any] = {
         ),
         (0.0, 1.0),
     ),
+    "llm_steer baked": (
+        lambda a: (
+            lambda c: e.LLMSteer(math.exp(c), fraction=0.3, apply="baked")(
+                a.memory, reader=a.reader
+            )
+        ),
+        (0.0, 1.0),
+    ),
+    "pasta baked": (
+        lambda a: (
+            lambda c: e.Pasta(SPAN, math.exp(-c), reference="all_others", phase="prefill")(
+                a.memory, reader=a.reader
+            )
+        ),
+        (0.0, 1.0),
+    ),
     "scale_keys": (lambda a: lambda c: e.ScaleKeys(SPAN, 1 + c), (0.0, 1.0)),
     "scale_values": (lambda a: lambda c: e.ScaleValues(SPAN, 1 + c), (0.0, 1.0)),
     "seka": (
